@@ -1,0 +1,498 @@
+"""The commands; the only place that prints or exits."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated, Any
+
+import click
+import typer
+
+from mnist_wandb import __version__
+from mnist_wandb.config import (
+    PRESETS_DIR,
+    VARIANTS,
+    ResolvedConfig,
+    RunConfig,
+    json_schema,
+    override_config,
+    preset_names,
+    resolve_config,
+    to_yaml,
+)
+from mnist_wandb.errors import ConfigError, DivergedError, MnistWandbError
+from mnist_wandb.settings import Settings, choose_wandb_mode, load_settings
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from mnist_wandb.metrics import EvalResult
+
+EXIT_DONE, EXIT_FAILED, EXIT_BAD_INPUT = 0, 1, 2
+EXIT_INTERRUPTED = 128  # plus the signal's number: 130 for Ctrl-C, 143 for SIGTERM
+
+app = typer.Typer(
+    name="mnist-wandb",
+    help="Train, track and compare image classifiers on MNIST-like data with Weights & Biases.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    epilog="Exit codes: 0 done, 2 bad input, 1 a run failed or diverged, 130 Ctrl-C, 143 SIGTERM.",
+)
+WITH_OVERRIDES = {"allow_extra_args": True, "ignore_unknown_options": True}
+
+
+def _complete_preset(incomplete: str) -> list[str]:
+    return [name for name in preset_names() if name.startswith(incomplete)]
+
+
+def _settings_help() -> str:
+    """All settings with their documentation, as an epilog that click leaves alone."""
+    lines = ["\b", "Settings (section.field=value; `mnist-wandb show` lists the values):"]
+
+    def write(fields: Any, prefix: str) -> None:
+        for key, info in fields.items():
+            lines.append(f"  {prefix}{key}: {info.description}")
+
+    for key, info in RunConfig.model_fields.items():
+        if key in VARIANTS:
+            lines.append(f"  {key}.name: {' | '.join(VARIANTS[key])}")
+            continue
+        lines.append(f"  {key}: {info.description}")
+        if hasattr(info.annotation, "model_fields"):
+            write(info.annotation.model_fields, f"{key}.")
+    return "\n".join(lines)
+
+
+ConfigOption = Annotated[
+    str | None,
+    typer.Option(
+        "--config",
+        "-c",
+        metavar="NAME|FILE",
+        help="Preset name or YAML file; default: quickstart.",
+        autocompletion=_complete_preset,
+    ),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
+ModelArgument = Annotated[
+    str, typer.Argument(metavar="RUN|CHECKPOINT", help="Run folder, name or id; or a .pt file.")
+]
+
+
+def _version(value: bool) -> None:
+    if value:
+        typer.echo(f"mnist-wandb {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+# ── run ──────────────────────────────────────────────────────────────────────────────────────
+
+
+@app.command(context_settings=WITH_OVERRIDES, epilog=_settings_help())
+def run(
+    context: typer.Context,
+    config: ConfigOption = None,
+    resume: Annotated[
+        str | None,
+        typer.Option(metavar="RUN", help="Continue a stopped run (folder, name, id or latest)."),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Validate and describe; train nothing.")
+    ] = False,
+    as_json: JsonOption = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
+) -> int:
+    """Train one configuration: [--config NAME|FILE] [section.field=value ...]."""
+    settings = load_settings()
+    if resume is not None:
+        from mnist_wandb.runs import RunFolder
+
+        if config is not None or context.args:
+            raise ConfigError(
+                "--resume: a run is continued with its own configuration; leave out --config"
+                " and overrides"
+            )
+        folder = RunFolder.find(resume, settings.runs_dir)
+        preset = str(folder.read_environment().get("preset", ""))
+        resolved = ResolvedConfig(folder.read_config(), preset, {})
+    else:
+        folder = None
+        resolved = resolve_config(config, context.args, sweep_parameters=settings.sweep_parameters)
+    if dry_run:
+        _describe_run(resolved, settings, as_json=as_json)
+        return EXIT_DONE
+    return _train(resolved, settings, folder, as_json=as_json, quiet=quiet)
+
+
+def _train(
+    resolved: ResolvedConfig, settings: Settings, folder: Any, *, as_json: bool, quiet: bool
+) -> int:
+    stop = StopSignals()
+    stop.install()
+    # From here on torch and W&B are needed.
+    from mnist_wandb.display import LogLines, TrainingDisplay, make_console, print_summary
+    from mnist_wandb.experiment import python_command, run_experiment
+
+    messages = make_console(stderr=True)
+    logger = logging.getLogger("mnist_wandb")
+    logger.setLevel(logging.WARNING if quiet else logging.INFO)
+    logger.addHandler(LogLines(messages))
+    epochs = resolved.config.training.epochs
+    with TrainingDisplay(messages, epochs=epochs, quiet=quiet) as display:
+        outcome = run_experiment(
+            resolved.config,
+            settings,
+            preset=resolved.preset,
+            resume=folder,
+            command=python_command(),
+            emit=display.show,
+            should_stop=lambda: stop.received is not None,
+        )
+    if as_json:
+        typer.echo(outcome.summary.to_json())
+    else:
+        print_summary(make_console(), outcome.summary, outcome.test)
+    if outcome.summary.status == "interrupted":
+        return EXIT_INTERRUPTED + (stop.received or signal.SIGTERM)
+    return EXIT_DONE
+
+
+class StopSignals:
+    """Turns Ctrl-C and SIGTERM into a wish to stop; a second Ctrl-C stops at once."""
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+
+    def install(self) -> None:
+        """Handle both signals from now on (not where the caller has them ignored)."""
+        for number in (signal.SIGINT, signal.SIGTERM):
+            if signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, self._handle)
+
+    def _handle(self, number: int, _frame: FrameType | None) -> None:
+        if self.received is not None and number == signal.SIGINT:
+            os._exit(EXIT_INTERRUPTED + number)  # the last checkpoint is on the disk
+        if self.received is None:
+            self.received = number
+            hint = "; Ctrl-C again stops at once" if number == signal.SIGINT else ""
+            os.write(2, f"\nstopping after this step, saving a checkpoint{hint}\n".encode())
+
+
+def _describe_run(resolved: ResolvedConfig, settings: Settings, *, as_json: bool) -> None:
+    """The validated configuration and what it would do."""
+    from mnist_wandb.data import DATASETS, train_count
+    from mnist_wandb.device import choose_plan
+    from mnist_wandb.display import make_console, print_rows
+    from mnist_wandb.models import summarize_model
+    from mnist_wandb.train import count_steps
+
+    config = resolved.config
+    plan = choose_plan(config).describe()
+    layers = summarize_model(config.model, (1, 28, 28), len(DATASETS[config.data.dataset].class_names))
+    images = train_count(config.data)
+    total = count_steps(config, images)
+    mode, reason = choose_wandb_mode(config, settings)
+    facts: dict[str, Any] = {
+        "config": config.model_dump(mode="json"),
+        "preset": resolved.preset,
+        "num_parameters": sum(layer.num_parameters for layer in layers),
+        "train_images": images,
+        "steps_per_epoch": -(-images // config.training.batch_size),
+        "total_steps": total,
+        "plan": plan,
+        "data_dir": str(config.data.dir or settings.data_dir),
+        "runs_dir": str(settings.runs_dir),
+        "wandb": {"mode": mode, "reason": reason},
+    }
+    if as_json:
+        typer.echo(json.dumps(facts))
+        return
+    console = make_console()
+    console.print(to_yaml(config, resolved.origins), markup=False)
+    rows = [
+        (layer.path, layer.kind, "×".join(map(str, layer.output_shape)), f"{layer.num_parameters:,}")
+        for layer in layers
+    ]
+    print_rows(console, ("layer", "type", "output", "parameters"), rows, title=config.model.name)
+    lines = {
+        "parameters": f"{facts['num_parameters']:,}",
+        "training images": f"{images:,}",
+        "steps": f"{facts['steps_per_epoch']:,} per epoch, {total:,} in all",
+        "device": f"{plan['device']} ({plan['device_reason']}), {plan['num_threads']} threads",
+        "precision": f"{plan['precision']}, {plan['memory_format']}, compile: {plan['compile']}",
+        "data folder": str(facts["data_dir"]),
+        "runs folder": str(facts["runs_dir"]),
+        "W&B": f"{mode} ({reason})",
+    }
+    for key, value in lines.items():
+        console.print(f"{key:<16} {value}", markup=False)
+
+
+# ── evaluate, predict ────────────────────────────────────────────────────────────────────────
+
+
+def _find_checkpoint(spec: str, settings: Settings) -> Path:
+    from mnist_wandb.runs import RunFolder
+
+    path = Path(spec).expanduser()
+    if path.is_file():
+        return path
+    if path.suffix == ".pt":
+        from mnist_wandb.errors import CheckpointError
+
+        raise CheckpointError(f"{path}: no such file")
+    return RunFolder.find(spec, settings.runs_dir).checkpoint_path("best")
+
+
+@app.command(context_settings=WITH_OVERRIDES)
+def evaluate(
+    context: typer.Context,
+    model: ModelArgument,
+    split: Annotated[str, typer.Option(metavar="val|test", help="Split to score.")] = "test",
+    as_json: JsonOption = False,
+) -> int:
+    """Score a trained model: RUN|CHECKPOINT [section.field=value ...]."""
+    if split not in ("val", "test"):
+        raise ConfigError(f"--split: got {split!r}, allowed: val, test")
+    settings = load_settings()
+    path = _find_checkpoint(model, settings)
+    from mnist_wandb.evaluate import evaluate_checkpoint
+
+    result, config = evaluate_checkpoint(
+        path,
+        split=split,
+        data_dir=settings.data_dir,
+        override=lambda config: override_config(config, context.args),
+    )
+    metrics = result.metrics(split)
+    if as_json:
+        typer.echo(json.dumps(_evaluation_json(result, split, path, metrics)))
+        return EXIT_DONE
+    from mnist_wandb.display import make_console, print_evaluation, print_metrics
+
+    console = make_console()
+    title = f"{path}, {split} split of {config.data.dataset}, {len(result.labels):,} images"
+    print_metrics(console, title, metrics)
+    print_evaluation(console, result)
+    return EXIT_DONE
+
+
+def _evaluation_json(
+    result: EvalResult, split: str, path: Path, metrics: dict[str, float]
+) -> dict[str, Any]:
+    from mnist_wandb.metrics import class_scores
+
+    scores = class_scores(result.confusion)
+    return {
+        "checkpoint": str(path),
+        "split": split,
+        "num_images": len(result.labels),
+        "metrics": metrics,
+        "per_class": [
+            {
+                "class": name,
+                "precision": float(scores.precision[i]),
+                "recall": float(scores.recall[i]),
+                "f1": float(scores.f1[i]),
+                "images": int(scores.support[i]),
+            }
+            for i, name in enumerate(result.class_names)
+        ],
+        "confusion_matrix": result.confusion.tolist(),
+    }
+
+
+@app.command()
+def predict(
+    model: ModelArgument,
+    pictures: Annotated[
+        list[Path], typer.Argument(metavar="PICTURE...", help="Picture files or folders.")
+    ],
+    no_preprocess: Annotated[
+        bool, typer.Option("--no-preprocess", help="Only turn grey and resize to 28×28.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> int:
+    """Classify picture files of any size; dark on light is recognised and inverted."""
+    from mnist_wandb.pictures import find_pictures
+
+    files = find_pictures(pictures)
+    path = _find_checkpoint(model, load_settings())
+    from mnist_wandb.evaluate import predict_pictures
+
+    predictions = predict_pictures(path, files, preprocess=not no_preprocess)
+    if as_json:
+        rows = [
+            {"file": str(file), **vars(prediction)}
+            for file, prediction in zip(files, predictions, strict=True)
+        ]
+        typer.echo(json.dumps({"checkpoint": str(path), "predictions": rows}))
+        return EXIT_DONE
+    from mnist_wandb.display import make_console, print_rows
+
+    print_rows(
+        make_console(),
+        ("picture", "label", "confidence", "runner-up", "confidence"),
+        [
+            (str(f), p.label, f"{p.confidence:.3f}", p.runner_up, f"{p.runner_up_confidence:.3f}")
+            for f, p in zip(files, predictions, strict=True)
+        ],
+    )
+    return EXIT_DONE
+
+
+# ── configs, show, schema, models, doctor ────────────────────────────────────────────────────
+
+
+def _preset_header(name: str) -> dict[str, str]:
+    """The comment lines `# Key: text` at the top of a preset; a text may go on in the next line."""
+    fields: dict[str, str] = {}
+    key = ""
+    for line in (PRESETS_DIR / f"{name}.yaml").read_text(encoding="utf-8").splitlines():
+        if not line.startswith("#"):
+            break
+        text = line.lstrip("# ")
+        head, colon, rest = text.partition(": ")
+        if colon and head in ("What", "From", "Measured"):
+            key, text = head, rest
+        fields[key] = f"{fields.get(key, '')} {text}".strip()
+    return fields
+
+
+@app.command()
+def configs() -> int:
+    """List the presets."""
+    from mnist_wandb.display import make_console, print_rows
+
+    rows = []
+    for name in preset_names():
+        header = _preset_header(name)
+        rows.append((name, header.get("What", ""), header.get("Measured", "").split(",")[0]))
+    print_rows(make_console(), ("preset", "what it is", "measured"), rows)
+    return EXIT_DONE
+
+
+@app.command(context_settings=WITH_OVERRIDES)
+def show(
+    context: typer.Context,
+    config: Annotated[
+        str, typer.Argument(metavar="CONFIG", help="Preset name or YAML file.")
+    ] = "quickstart",
+) -> int:
+    """Show a resolved configuration and where each value comes from."""
+    arguments = list(context.args)
+    if "=" in config or config.startswith(("-", "+", "{")):  # only overrides were given
+        arguments.insert(0, config)
+        config = "quickstart"
+    sweep_parameters = load_settings().sweep_parameters
+    resolved = resolve_config(config, arguments, sweep_parameters=sweep_parameters)
+    typer.echo(to_yaml(resolved.config, resolved.origins), nl=False)
+    return EXIT_DONE
+
+
+@app.command()
+def schema(
+    what: Annotated[str, typer.Argument(metavar="run", help="Which files the schema is for.")] = (
+        "run"
+    ),
+) -> int:
+    """Print the JSON Schema of config files, for editors."""
+    if what != "run":
+        raise ConfigError(f"schema: got {what!r}, allowed: run")
+    typer.echo(json.dumps(json_schema(), indent=2))
+    return EXIT_DONE
+
+
+@app.command()
+def models() -> int:
+    """List the architectures."""
+    from mnist_wandb.display import make_console, print_rows
+    from mnist_wandb.models import zoo_table
+
+    rows = [(name, family, f"{count:,}", source) for name, family, count, source in zoo_table()]
+    print_rows(make_console(), ("name", "family", "parameters", "where from"), rows)
+    return EXIT_DONE
+
+
+@app.command()
+def doctor(as_json: JsonOption = False) -> int:
+    """Say what this machine has: versions, devices, folders, W&B login and mode."""
+    settings = load_settings()
+    from mnist_wandb.data import DATASETS, is_present
+    from mnist_wandb.device import available_devices
+    from mnist_wandb.experiment import package_versions, processor_name
+
+    mode, reason = choose_wandb_mode(RunConfig(), settings)
+    present = [name for name, row in DATASETS.items() if is_present(row, settings.data_dir)]
+    facts = {
+        "python": sys.version.split()[0],
+        **package_versions(),
+        "processor": processor_name(),
+        "devices": ", ".join(available_devices()),
+        "data folder": str(settings.data_dir),
+        "data sets there": ", ".join(present),
+        "runs folder": f"{settings.runs_dir} ({_describe_folder(settings.runs_dir)})",
+        "W&B server": settings.wandb_base_url,
+        "W&B login": f"key in {settings.api_key_source}" if settings.api_key_source else "none",
+        "W&B mode": f"{mode} ({reason})",
+    }
+    if as_json:
+        typer.echo(json.dumps(facts))
+    else:
+        for key, value in facts.items():
+            typer.echo(f"{key:<16} {value}")
+    return EXIT_DONE
+
+
+def _describe_folder(folder: Path) -> str:
+    existing = folder.absolute()
+    while not existing.exists():
+        existing = existing.parent
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        return "cannot be written"
+    return "can be written" if existing == folder.absolute() else "will be made"
+
+
+# ── entry ────────────────────────────────────────────────────────────────────────────────────
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run one command; turns errors into one message on stderr and an exit code."""
+    try:
+        code = app(args=list(arguments), prog_name="mnist-wandb", standalone_mode=False)
+    except DivergedError as error:
+        return _fail(str(error), EXIT_FAILED)
+    except MnistWandbError as error:
+        return _fail(str(error), EXIT_BAD_INPUT)
+    except click.ClickException as error:
+        hint = "; see `mnist-wandb --help`"
+        return _fail(error.format_message().rstrip(".") + hint, EXIT_BAD_INPUT)
+    except (click.exceptions.Abort, KeyboardInterrupt):
+        return _fail("stopped", EXIT_INTERRUPTED + signal.SIGINT)
+    except BrokenPipeError:  # `mnist-wandb show | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_DONE
+    return code if isinstance(code, int) else EXIT_DONE
+
+
+def _fail(message: str, code: int) -> int:
+    for line in message.splitlines():
+        sys.stderr.write(f"error: {line}\n")
+    return code

@@ -1,0 +1,120 @@
+"""Where a run computes, and what is chosen automatically for that device."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from mnist_wandb.config import CnnConfig, ResnetConfig, RunConfig
+from mnist_wandb.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a configuration runs on this machine.
+
+    Attributes:
+        device: the torch device.
+        reason: why this device, in a few words.
+        precision: "fp32" or "bf16" (autocast of forward pass and loss).
+        compile: whether the model goes through `torch.compile`.
+        channels_last: whether images and convolution weights lie channels-last in memory.
+    """
+
+    device: torch.device
+    reason: str
+    precision: str
+    compile: bool
+    channels_last: bool
+
+    def describe(self) -> dict[str, Any]:
+        """The choices as plain values, for people and for environment.json."""
+        return {
+            "device": str(self.device),
+            "device_reason": self.reason,
+            "device_name": device_name(self.device),
+            "precision": self.precision,
+            "compile": self.compile,
+            "memory_format": "channels_last" if self.channels_last else "contiguous",
+            "num_threads": torch.get_num_threads(),
+        }
+
+
+def choose_plan(config: RunConfig) -> Plan:
+    """Decide everything that the configuration leaves to the machine.
+
+    Raises:
+        ConfigError: a device or precision was asked for that is not there.
+    """
+    device, reason = resolve_device(config.device)
+    precision = config.training.precision
+    has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    if precision == "auto":
+        precision = "bf16" if has_bf16 else "fp32"
+    elif precision == "bf16" and device.type == "cuda" and not has_bf16:
+        raise ConfigError(
+            f"training.precision: {device_name(device)} has no bf16; use fp32 or auto"
+        )
+    # Compiling takes longer than any preset saves by it on a CPU, so `auto` leaves it off.
+    return Plan(
+        device=device,
+        reason=reason,
+        precision=precision,
+        compile=config.training.compile is True,
+        channels_last=isinstance(config.model, CnnConfig | ResnetConfig),
+    )
+
+
+def available_devices() -> list[str]:
+    """Names that `device:` accepts on this machine."""
+    names = ["cpu"]
+    if torch.cuda.is_available():
+        names += ["cuda", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+    if torch.backends.mps.is_available():
+        names.append("mps")
+    return names
+
+
+def resolve_device(name: str) -> tuple[torch.device, str]:
+    """Turn `auto | cpu | cuda | cuda:N | mps` into a device that exists, and say why.
+
+    Raises:
+        ConfigError: the device is not on this machine; names those that are.
+    """
+    available = available_devices()
+    if name == "auto":
+        best = next((n for n in ("cuda", "mps") if n in available), "cpu")
+        why = "auto: no GPU found" if best == "cpu" else "auto: the fastest device found"
+        return torch.device("cuda:0" if best == "cuda" else best), why
+    if name not in available:
+        raise ConfigError(
+            f"device: {name} is not on this machine; available: auto, {', '.join(available)}"
+        )
+    return torch.device("cuda:0" if name == "cuda" else name), "as configured"
+
+
+def device_name(device: torch.device) -> str:
+    """The device's product name where torch knows it, else its type."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+@contextmanager
+def deterministic_mode(enabled: bool) -> Iterator[None]:
+    """Use deterministic kernels only, and put torch's global switches back afterwards."""
+    before = torch.are_deterministic_algorithms_enabled()
+    benchmark = torch.backends.cudnn.benchmark
+    if enabled:
+        # cuBLAS is deterministic only with a fixed workspace; read when CUDA starts.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(enabled)
+    torch.backends.cudnn.benchmark = not enabled
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+        torch.backends.cudnn.benchmark = benchmark

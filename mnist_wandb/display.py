@@ -1,0 +1,204 @@
+"""What people see in the terminal: progress, tables, the next useful command."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterable, Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from mnist_wandb.metrics import EvalResult, class_scores
+from mnist_wandb.runs import RunSummary
+
+if TYPE_CHECKING:
+    from mnist_wandb.train import Event
+
+WIDTH_WITHOUT_TERMINAL = 110
+REFRESHES_PER_SECOND = 5
+
+
+def make_console(*, stderr: bool = False) -> Console:
+    """A console for stdout or stderr; wide enough for tables where it is not a terminal."""
+    console = Console(stderr=stderr, highlight=False, soft_wrap=not stderr)
+    if not console.is_terminal:
+        console = Console(
+            stderr=stderr, highlight=False, width=WIDTH_WITHOUT_TERMINAL, soft_wrap=True
+        )
+    return console
+
+
+class LogLines(logging.Handler):
+    """Shows the package's log messages as plain lines."""
+
+    def __init__(self, console: Console) -> None:
+        super().__init__(logging.INFO)
+        self.console = console
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print one message."""
+        prefix = "warning: " if record.levelno >= logging.WARNING else ""
+        self.console.print(f"{prefix}{record.getMessage()}", markup=False)
+
+
+class TrainingDisplay:
+    """A live bar per epoch on a terminal, and one plain line per epoch everywhere.
+
+    Use as a context manager; `show` takes the events of `train`.
+    """
+
+    def __init__(self, console: Console, *, epochs: float, quiet: bool = False) -> None:
+        self.console, self.epochs, self.quiet = console, epochs, quiet
+        self.values: dict[str, float] = {}
+        self.next_refresh = 0.0
+        self.progress = Progress(
+            TextColumn("epoch {task.fields[epoch]}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[metrics]}"),
+            TimeRemainingColumn(),
+            console=console,
+            auto_refresh=False,  # no thread beside the training threads
+            transient=True,
+            disable=quiet or not console.is_terminal,
+        )
+        self.task = self.progress.add_task("", total=1, epoch="", metrics="")
+
+    def __enter__(self) -> TrainingDisplay:
+        self.progress.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.progress.stop()
+
+    def show(self, event: Event) -> None:
+        """Show one event."""
+        if self.quiet:
+            return
+        match type(event).__name__:
+            case "StepDone":
+                self._show_step(event)
+            case "Logged":
+                self.values |= event.values  # type: ignore[union-attr]
+                if "val/accuracy" in self.values and "val/accuracy" in event.values:  # type: ignore[union-attr]
+                    self._show_epoch(event)
+
+    def _show_step(self, event: Any) -> None:
+        now = time.monotonic()
+        if self.progress.disable or (
+            now < self.next_refresh and event.step_in_epoch < event.steps_per_epoch
+        ):
+            return
+        if event.step_in_epoch == 1 or self.progress.tasks[0].total != event.steps_per_epoch:
+            self.progress.reset(self.task, total=event.steps_per_epoch)
+        self.next_refresh = now + 1 / REFRESHES_PER_SECOND
+        metrics = ""
+        if "train/loss" in self.values:
+            metrics = (
+                f"loss {self.values['train/loss']:.4f}"
+                f"  accuracy {self.values['train/accuracy']:.4f}"
+                f"  {self.values['train/images_per_second']:,.0f} images/s"
+            )
+        self.progress.update(
+            self.task,
+            completed=event.step_in_epoch,
+            epoch=f"{event.epoch + 1}/{self.epochs:g}",
+            metrics=metrics,
+        )
+        self.progress.refresh()
+
+    def _show_epoch(self, event: Any) -> None:
+        values = self.values
+        best = "  *" if values["best/epoch"] == event.epoch else ""
+        self.console.print(
+            f"epoch {event.epoch:g}/{self.epochs:g}"
+            f"  train loss {values['train/loss']:.4f} accuracy {values['train/accuracy']:.4f}"
+            f"  val loss {values['val/loss']:.4f} accuracy {values['val/accuracy']:.4f}"
+            f"  {values['train/images_per_second']:,.0f} images/s{best}",
+            markup=False,
+        )
+
+
+def print_summary(console: Console, summary: RunSummary, test: EvalResult | None) -> None:
+    """Print how a run ended: results, tables, where things are, what to do next."""
+    table = Table("metric", "value", title=f"{summary.name}: {summary.status}", title_justify="left")
+    names = ("test/accuracy", "test/loss", "test/macro_f1", "test/calibration_error")
+    for name in (*names, "best/val_accuracy", "best/epoch"):
+        if name in summary.metrics:
+            value = summary.metrics[name]
+            table.add_row(name, f"{value:g}" if name == "best/epoch" else f"{value:.4f}")
+    table.add_row("parameters", f"{summary.num_parameters:,}")
+    table.add_row("epochs, steps", f"{summary.epochs:g}, {summary.steps:,}")
+    table.add_row("training", f"{summary.training_seconds:.1f} s")
+    table.add_row("images/s", f"{summary.images_per_second:,.0f}")
+    console.print(table)
+    if test is not None:
+        print_evaluation(console, test)
+    for line in next_commands(summary):
+        console.print(line, markup=False)
+
+
+def next_commands(summary: RunSummary) -> list[str]:
+    """Where the record is, and the commands to look at it and to upload it."""
+    lines = [f"run folder  {summary.run_dir}"]
+    record = summary.wandb.get("dir")
+    if summary.wandb.get("url"):
+        lines.append(f"W&B         {summary.wandb['url']}")
+    elif record:
+        lines.append(f"look at it  wandb leet {record}")
+        lines.append(f"upload it   wandb sync {record}")
+    if summary.status == "interrupted":
+        lines.append(f"go on       mnist-wandb run --resume {summary.run_dir}")
+    else:
+        lines.append(f"use it      mnist-wandb predict {summary.run_dir} PICTURE...")
+    return lines
+
+
+def print_evaluation(console: Console, result: EvalResult) -> None:
+    """Print per-class scores and the confusion matrix."""
+    scores = class_scores(result.confusion)
+    table = Table("class", title="per class", title_justify="left")
+    for heading in ("precision", "recall", "F1", "images"):
+        table.add_column(heading, justify="right")
+    for i, name in enumerate(result.class_names):
+        table.add_row(
+            name,
+            f"{scores.precision[i]:.4f}",
+            f"{scores.recall[i]:.4f}",
+            f"{scores.f1[i]:.4f}",
+            f"{scores.support[i]:,}",
+        )
+    console.print(table)
+    matrix = Table("", title="confusion matrix (rows: truth, columns: prediction)")
+    matrix.title_justify = "left"
+    for name in result.class_names:
+        matrix.add_column(name[:8], justify="right")
+    for name, counts in zip(result.class_names, result.confusion.tolist(), strict=True):
+        matrix.add_row(name, *(str(count) if count else "·" for count in counts))
+    console.print(matrix)
+
+
+def print_metrics(console: Console, title: str, metrics: dict[str, float]) -> None:
+    """Print names and values."""
+    print_rows(
+        console, ("metric", "value"), [(k, f"{v:.4f}") for k, v in metrics.items()], title=title
+    )
+
+
+def print_rows(
+    console: Console, columns: Sequence[str], rows: Iterable[Sequence[str]], *, title: str = ""
+) -> None:
+    """Print a table."""
+    table = Table(*columns, title=title or None, title_justify="left")
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)

@@ -1,0 +1,211 @@
+"""Score a model on a split, or on single pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mnist_wandb.checkpoint import Checkpoint, load_checkpoint
+from mnist_wandb.config import RunConfig
+from mnist_wandb.data import Preprocessing, Split, load_dataset
+from mnist_wandb.device import choose_plan
+from mnist_wandb.errors import CheckpointError
+from mnist_wandb.metrics import EvalResult
+from mnist_wandb.pictures import read_picture
+
+EVAL_BATCH_SIZE = 1000
+"""Images per forward pass; does not change any score beyond float rounding."""
+
+
+def compute_loss(
+    logits: Tensor, labels: Tensor, loss: str = "cross_entropy", label_smoothing: float = 0.0
+) -> Tensor:
+    """Mean loss over the images of a batch.
+
+    Args:
+        logits: float (N, C).
+        labels: int64 (N,).
+        loss: `cross_entropy` in nats, or `mse` between softmax and one-hot targets.
+        label_smoothing: share of the target spread over all classes (cross_entropy only).
+
+    Returns:
+        Scalar of dtype float32.
+    """
+    if loss == "mse":
+        targets = F.one_hot(labels, logits.shape[1]).float()
+        return F.mse_loss(logits.float().softmax(dim=1), targets)
+    return F.cross_entropy(logits.float(), labels, label_smoothing=label_smoothing)
+
+
+def predict_logits(
+    model: nn.Module,
+    images: Tensor,
+    preprocessing: Preprocessing,
+    *,
+    batch_size: int = EVAL_BATCH_SIZE,
+    precision: str = "fp32",
+    channels_last: bool = False,
+) -> Tensor:
+    """Run the model in eval mode without gradients; its mode is put back afterwards.
+
+    Args:
+        model: from float32 (N, 1, H, W) to logits (N, C), on the images' device.
+        images: uint8 (N, 1, H, W).
+        preprocessing: the one of training.
+        batch_size: images per forward pass.
+        precision: "fp32" or "bf16" (autocast).
+        channels_last: lay the batch out channels-last.
+
+    Returns:
+        float32 (N, C) on the images' device.
+    """
+    was_training = model.training
+    model.eval()
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    try:
+        with (
+            torch.inference_mode(),
+            torch.autocast(images.device.type, torch.bfloat16, enabled=precision == "bf16"),
+        ):
+            batches = [
+                model(preprocessing(batch).contiguous(memory_format=memory_format)).float()
+                for batch in images.split(batch_size)
+            ]
+        return torch.cat(batches)
+    finally:
+        model.train(was_training)
+
+
+def evaluate(
+    model: nn.Module,
+    split: Split,
+    preprocessing: Preprocessing,
+    *,
+    loss: str = "cross_entropy",
+    batch_size: int = EVAL_BATCH_SIZE,
+    precision: str = "fp32",
+    channels_last: bool = False,
+) -> EvalResult:
+    """Score a model on every image of a split, once, in eval mode.
+
+    Args:
+        model: on the split's device.
+        split: images and labels.
+        preprocessing: the one of training.
+        loss: see `compute_loss`; without label smoothing.
+        batch_size, precision, channels_last: see `predict_logits`.
+
+    Returns:
+        Loss (a true mean over images), probabilities and everything that follows from them.
+    """
+    logits = predict_logits(
+        model,
+        split.images,
+        preprocessing,
+        batch_size=batch_size,
+        precision=precision,
+        channels_last=channels_last,
+    )
+    return EvalResult(
+        loss=float(compute_loss(logits, split.labels, loss)),
+        probabilities=logits.softmax(dim=1).cpu().numpy(),
+        labels=split.labels.cpu().numpy(),
+        ids=split.ids.numpy(),
+        class_names=split.class_names,
+    )
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a model says of one picture.
+
+    Attributes:
+        label, confidence: most probable class and its probability.
+        runner_up, runner_up_confidence: the second one.
+    """
+
+    label: str
+    confidence: float
+    runner_up: str
+    runner_up_confidence: float
+
+
+def evaluate_checkpoint(
+    path: Path,
+    *,
+    split: str,
+    data_dir: Path,
+    override: Callable[[RunConfig], RunConfig] = lambda config: config,
+) -> tuple[EvalResult, RunConfig]:
+    """Score a checkpoint on the data of its configuration.
+
+    Args:
+        path: checkpoint file.
+        split: `val` or `test`.
+        data_dir: data folder where the configuration does not name one.
+        override: changes the configuration first (another data set, another device).
+
+    Returns:
+        The scores and the configuration used.
+
+    Raises:
+        CheckpointError: the file is no checkpoint, or its model does not fit the data.
+    """
+    checkpoint = load_checkpoint(path)
+    config = override(checkpoint.config)
+    plan = choose_plan(config)
+    splits = load_dataset(config.data, data_dir=data_dir, device=plan.device)
+    found = (splits.image_shape, len(splits.class_names))
+    expected = (checkpoint.image_shape, len(checkpoint.class_names))
+    if found != expected:
+        raise CheckpointError(
+            f"{path}: was trained on images {expected[0]} of {expected[1]} classes, the data set"
+            f" {config.data.dataset} has {found[0]} and {found[1]}"
+        )
+    result = evaluate(
+        checkpoint.build_model().to(plan.device),
+        splits.val if split == "val" else splits.test,
+        checkpoint.preprocessing,
+        loss=config.training.loss,
+        precision=plan.precision,
+        channels_last=plan.channels_last,
+    )
+    return result, config
+
+
+def predict_pictures(
+    path: Path, files: Sequence[Path], *, preprocess: bool = True
+) -> list[Prediction]:
+    """Classify picture files with a checkpoint; see `pictures.read_picture`.
+
+    Raises:
+        CheckpointError, DatasetError: a file is not what it should be.
+    """
+    checkpoint = load_checkpoint(path)
+    style = "object" if checkpoint.config.data.dataset == "fashion_mnist" else "digit"
+    images = [read_picture(file, style=style if preprocess else "as_is") for file in files]
+    return predict_images(checkpoint, torch.from_numpy(np.stack(images))[:, None])
+
+
+def predict_images(checkpoint: Checkpoint, images: Tensor) -> list[Prediction]:
+    """Classify single images.
+
+    Args:
+        checkpoint: see `load_checkpoint`.
+        images: uint8 (N, 1, H, W), light on black.
+    """
+    logits = predict_logits(checkpoint.build_model(), images, checkpoint.preprocessing)
+    top = logits.softmax(dim=1).topk(2, dim=1)
+    names = checkpoint.class_names
+    return [
+        Prediction(names[first], first_share, names[second], second_share)
+        for (first, second), (first_share, second_share) in zip(
+            top.indices.tolist(), top.values.tolist(), strict=True
+        )
+    ]

@@ -1,0 +1,382 @@
+"""One complete run: data, model, run folder, W&B, training, the test score, the summary."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import logging
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from mnist_wandb.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from mnist_wandb.config import RunConfig
+from mnist_wandb.data import Preprocessing, Splits, load_dataset
+from mnist_wandb.device import Plan, choose_plan
+from mnist_wandb.errors import DivergedError, MnistWandbError, RunError, TrackingError
+from mnist_wandb.evaluate import evaluate
+from mnist_wandb.metrics import EvalResult
+from mnist_wandb.models import build_model, count_parameters
+from mnist_wandb.runs import Recorder, RunFolder, RunSummary
+from mnist_wandb.settings import Settings, choose_wandb_mode
+from mnist_wandb.tracking import WandbSink
+from mnist_wandb.train import CheckpointReady, Event, Logged, Validated, train
+
+log = logging.getLogger(__name__)
+
+BYTES_PER_PARAMETER = 4 * 8
+"""Room for last.pt (weights, best weights, two optimizer moments), best.pt, the copy that is
+written before each rename, and the W&B artifact."""
+
+EXIT_CODES = {"finished": 0, "early_stopped": 0, "interrupted": 143, "diverged": 1, "failed": 1}
+
+
+@dataclass(frozen=True)
+class RunOutcome:
+    """What a run leaves for the caller: the summary, and the test result where there is one."""
+
+    summary: RunSummary
+    test: EvalResult | None = None
+
+
+def run_experiment(
+    config: RunConfig,
+    settings: Settings,
+    *,
+    preset: str = "",
+    resume: RunFolder | None = None,
+    command: Sequence[str] = (),
+    emit: Callable[[Event], None] = lambda event: None,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> RunOutcome:
+    """Train a configuration, record everything, score the test split once with the best weights.
+
+    Args:
+        config: a validated configuration.
+        settings: the surroundings; see `load_settings`.
+        preset: where the configuration is from.
+        resume: an unfinished run to continue instead of starting a new one; `config` is its own.
+        command: command line, for the record.
+        emit: gets each event of training, after it has been recorded.
+        should_stop: asked after each step; true ends the run as `interrupted`.
+
+    Returns:
+        The summary, as in `summary.json`.
+
+    Raises:
+        MnistWandbError: before training, with nothing left behind; or in it, after the folder
+            has got a summary with status `failed`.
+        DivergedError: the run diverged; its folder has a summary with status `diverged`.
+    """
+    started = time.perf_counter()
+    plan = choose_plan(config)
+    log.info("device: %s (%s)", plan.device, plan.reason)
+    splits = load_dataset(config.data, data_dir=settings.data_dir, device=plan.device)
+    model = build_model(
+        config.model, splits.image_shape, len(splits.class_names), seed=config.seed
+    )
+    checkpoint = _load_last(resume, splits) if resume is not None else None
+    with _open_folder(config, settings, preset, resume, count_parameters(model)) as folder:
+        if checkpoint is None:
+            folder.write_environment(_describe_environment(plan, splits, settings, preset, command))
+        else:
+            folder.truncate_metrics(checkpoint.step)
+            folder.summary_path.unlink(missing_ok=True)
+        session = _Session(config, settings, folder, plan, splits, preset, started)
+        session.num_parameters = count_parameters(model)
+        if checkpoint is not None:
+            session.continue_from(checkpoint)
+        return session.run(model, checkpoint, emit, should_stop)
+
+
+class _Session:
+    """What one call of `run_experiment` works with."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        settings: Settings,
+        folder: RunFolder,
+        plan: Plan,
+        splits: Splits,
+        preset: str,
+        started: float,
+    ) -> None:
+        self.config, self.folder, self.plan, self.splits = config, folder, plan, splits
+        self.preset, self.started = preset, started
+        self.num_parameters = 0
+        self.step, self.epoch = 0, 0.0
+        self.training_seconds, self.images_used = 0.0, 0
+        self.earlier_seconds = 0.0
+        self.mode, reason = choose_wandb_mode(config, settings)
+        log.info("W&B: %s (%s)", self.mode, reason)
+        self.wandb = self._start_wandb(settings)
+        self.recorder = Recorder(folder, [self.wandb] if self.wandb else [])
+
+    def _start_wandb(self, settings: Settings) -> WandbSink | None:
+        if self.mode == "disabled":
+            return None
+        try:
+            return WandbSink.start(self.config, settings, self.folder, self.mode)
+        except TrackingError as error:
+            if self.mode == "offline" or self.config.tracking.mode == "online":
+                raise
+            log.warning("W&B: offline instead (%s)", error)
+            self.mode = "offline"
+            return WandbSink.start(self.config, settings, self.folder, self.mode)
+
+    def continue_from(self, checkpoint: Checkpoint) -> None:
+        """Take over the counts of the sessions before."""
+        stored = checkpoint.training or {}
+        self.step, self.epoch = checkpoint.step, checkpoint.epoch
+        self.training_seconds = stored.get("training_seconds", 0.0)
+        self.images_used = stored.get("images_used", 0)
+        self.earlier_seconds = stored.get("total_seconds", 0.0)
+
+    def run(
+        self,
+        model: Any,
+        resume: Checkpoint | None,
+        emit: Callable[[Event], None],
+        should_stop: Callable[[], bool],
+    ) -> RunOutcome:
+        """Train, score, summarize; every way out writes a summary and ends the W&B run."""
+
+        def on_event(event: Event) -> None:
+            self.record(event)
+            emit(event)
+
+        try:
+            if self.config.tracking.watch and self.wandb is not None:
+                self.wandb.watch(model)
+            result = train(
+                model,
+                self.splits,
+                self.config,
+                plan=self.plan,
+                resume=resume,
+                emit=on_event,
+                should_stop=should_stop,
+            )
+            self.step, self.epoch = result.steps, result.epochs
+            self.training_seconds = result.training_seconds
+            test = None if result.status == "interrupted" else self.score_test(model)
+            return RunOutcome(self.end(result.status), test)
+        except DivergedError as error:
+            if self.wandb is not None and self.config.tracking.alerts:
+                self.wandb.alert(f"{self.config.run_name} diverged", str(error), warn=True)
+            self.end("diverged", error=str(error))
+            raise
+        except Exception as error:
+            self.end("failed", error=f"{type(error).__name__}: {error}")
+            raise
+
+    def record(self, event: Event) -> None:
+        """Put one training event into the folder and the sinks."""
+        match event:
+            case Logged(step, epoch, values, training_seconds, images_used):
+                self.recorder.log(step, epoch, values)
+                self.step, self.epoch = step, epoch
+                self.training_seconds, self.images_used = training_seconds, images_used
+            case Validated(step, epoch, result, improved) if improved:
+                self.recorder.log_confusion("val", step, epoch, result)
+            case CheckpointReady(checkpoint, best, end_of_epoch):
+                self.save(checkpoint, best=best, end_of_epoch=end_of_epoch)
+
+    def save(self, checkpoint: Checkpoint, *, best: bool, end_of_epoch: bool) -> None:
+        """Write last.pt, and best.pt where the weights are the best so far."""
+        if checkpoint.training is not None:
+            checkpoint.training["total_seconds"] = self.total_seconds
+        if best:
+            best_checkpoint = replace(checkpoint, training=None, metrics=self.recorder.final)
+            save_checkpoint(best_checkpoint, self.folder.checkpoint_path("best"))
+        save_checkpoint(checkpoint, self.folder.checkpoint_path("last"))
+        if end_of_epoch and self.config.tracking.log_model == "every_epoch":
+            name = f"epoch-{checkpoint.epoch:g}"
+            path = self.folder.checkpoint_path(name)
+            save_checkpoint(replace(checkpoint, training=None, metrics=self.recorder.final), path)
+            self.recorder.log_model(path, [name], self.model_metadata())
+
+    def score_test(self, model: Any) -> EvalResult:
+        """Score the test split, once, with the best validation weights, and record it."""
+        test = evaluate(
+            model,
+            self.splits.test,
+            Preprocessing.fit(self.config.data.scaling, self.splits.mean, self.splits.std),
+            loss=self.config.training.loss,
+            precision=self.plan.precision,
+            channels_last=self.plan.channels_last,
+        )
+        self.recorder.log(self.step, self.epoch, test.metrics("test"))
+        self.folder.write_evaluation(test)
+        if self.wandb is not None:
+            images = self.splits.test.images[:, 0].cpu().numpy()
+            row = {"step": self.step, "epoch": self.epoch}
+            count = self.config.tracking.sample_predictions
+            self.wandb.log_evaluation("test", row, test, images, count)
+        if self.config.tracking.log_model is not None:
+            path = self.folder.checkpoint_path("best")
+            self.recorder.log_model(path, ["best", "latest"], self.model_metadata())
+        return test
+
+    def model_metadata(self) -> dict[str, Any]:
+        """What goes with the model artifact."""
+        return {
+            "config": self.config.model_dump(mode="json"),
+            "scores": dict(self.recorder.final),
+            "data_fingerprint": self.splits.fingerprint,
+            "class_names": list(self.splits.class_names),
+            "num_parameters": self.num_parameters,
+        }
+
+    def end(self, status: str, error: str | None = None) -> RunSummary:
+        """Write the summary and end the W&B run."""
+        seconds = self.training_seconds
+        summary = RunSummary(
+            status=status,
+            run_dir=str(self.folder.path),
+            name=self.config.run_name,
+            preset=self.preset,
+            seed=self.config.seed,
+            device=str(self.plan.device),
+            num_parameters=self.num_parameters,
+            epochs=self.epoch,
+            steps=self.step,
+            training_seconds=round(seconds, 3),
+            total_seconds=round(self.total_seconds, 3),
+            images_per_second=round(self.images_used / seconds, 1) if seconds else 0.0,
+            metrics=self.recorder.final,
+            wandb=self.wandb.describe(self.mode) if self.wandb else {"mode": "disabled", "id": None},
+            error=error,
+        )
+        if self.wandb is not None:
+            if self.config.tracking.alerts and status in ("finished", "early_stopped"):
+                accuracy = summary.metrics["test/accuracy"]
+                self.wandb.alert(f"{summary.name} {status}", f"test accuracy {accuracy:.4f}")
+            keys = ("status", "num_parameters", "training_seconds", "images_per_second")
+            self.wandb.finish(EXIT_CODES[status], {key: getattr(summary, key) for key in keys})
+        self.folder.write_summary(summary)
+        return summary
+
+    @property
+    def total_seconds(self) -> float:
+        """Wall time of this session and the ones before it."""
+        return self.earlier_seconds + time.perf_counter() - self.started
+
+
+@contextmanager
+def _open_folder(
+    config: RunConfig,
+    settings: Settings,
+    preset: str,
+    resume: RunFolder | None,
+    num_parameters: int,
+) -> Iterator[RunFolder]:
+    """Make or reopen the run folder, locked; a new one goes again if no training came about."""
+    folder = resume or RunFolder.create(
+        settings.runs_dir,
+        config.run_name,
+        run_id=settings.wandb_run_id,
+        needed_bytes=num_parameters * BYTES_PER_PARAMETER,
+    )
+    lock = None
+    try:
+        lock = folder.lock()
+        if resume is None:
+            folder.write_config(config, preset)
+        yield folder
+    except MnistWandbError:
+        if resume is None and folder.read_summary() is None:
+            folder.remove()
+        raise
+    finally:
+        if lock is not None:
+            lock.release()
+
+
+def _load_last(folder: RunFolder, splits: Splits) -> Checkpoint:
+    summary = folder.read_summary()
+    if summary is not None and summary.get("status") in ("finished", "early_stopped"):
+        raise RunError(f"{folder.path}: this run is {summary['status']}; nothing is left to resume")
+    path = folder.checkpoint_path("last")
+    if not path.exists():
+        raise RunError(
+            f"{folder.path}: stopped before its first checkpoint; start it again with"
+            f" `mnist-wandb run --config {folder.config_path}`"
+        )
+    checkpoint = load_checkpoint(path)
+    if checkpoint.data_fingerprint != splits.fingerprint:
+        raise RunError(
+            f"{folder.path}: the data have changed since this run was started (fingerprint"
+            f" {splits.fingerprint[:12]}, then {checkpoint.data_fingerprint[:12]}); start a new run"
+        )
+    return checkpoint
+
+
+def _describe_environment(
+    plan: Plan, splits: Splits, settings: Settings, preset: str, command: Sequence[str]
+) -> dict[str, Any]:
+    return {
+        "preset": preset,
+        "command": list(command),
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "versions": package_versions(),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "processor": processor_name(),
+        "git_commit": _git_commit(),
+        "data_fingerprint": splits.fingerprint,
+        "data_mean": splits.mean,
+        "data_std": splits.std,
+        "num_images": {s.name: len(s) for s in (splits.train, splits.val, splits.test)},
+        "sweep_id": settings.sweep_id,
+        **plan.describe(),
+    }
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of this package and of those that decide its numbers."""
+    names = ("mnist-wandb", "torch", "torchvision", "wandb", "numpy", "pydantic")
+    found = {}
+    for name in names:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "unknown"
+    return found
+
+
+def processor_name() -> str:
+    """The CPU's product name where the system tells it."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def _git_commit() -> str | None:
+    """Commit of the working folder, if it is in a git repository; `-dirty` with local changes."""
+    try:
+        result = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
+            capture_output=True,
+            text=True,
+            timeout=5,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return result.stdout.strip()
+
+
+def python_command() -> list[str]:
+    """This process's command line."""
+    return [Path(sys.argv[0]).name, *sys.argv[1:]]

@@ -1,0 +1,126 @@
+"""The environment and `.env`: W&B login and mode, data folder, runs folder.
+
+Nothing else in the package reads environment variables. `.env.example` documents each of them.
+"""
+
+from __future__ import annotations
+
+import netrc
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, cast
+from urllib.parse import urlsplit
+
+from dotenv import dotenv_values
+
+from mnist_wandb.config import RunConfig
+from mnist_wandb.errors import ConfigError
+
+WandbMode = Literal["online", "offline", "disabled"]
+WANDB_MODES: tuple[WandbMode, ...] = ("online", "offline", "disabled")
+DEFAULT_BASE_URL = "https://api.wandb.ai"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the surroundings say; made by `load_settings`.
+
+    Attributes:
+        data_dir: where data sets lie and are downloaded to.
+        runs_dir: where run folders are made.
+        wandb_mode: WANDB_MODE, or None when it is not set.
+        wandb_base_url: address of the W&B server.
+        wandb_entity: WANDB_ENTITY, or None.
+        wandb_project: WANDB_PROJECT, or None.
+        api_key_source: where an API key was found, or None. The key itself is never kept here.
+        sweep_id: WANDB_SWEEP_ID when `wandb agent` started this process.
+        sweep_parameters: the file of parameters that the agent wrote, if any.
+        wandb_run_id: WANDB_RUN_ID, or None.
+    """
+
+    data_dir: Path
+    runs_dir: Path
+    wandb_mode: WandbMode | None = None
+    wandb_base_url: str = DEFAULT_BASE_URL
+    wandb_entity: str | None = None
+    wandb_project: str | None = None
+    api_key_source: str | None = None
+    sweep_id: str | None = None
+    sweep_parameters: Path | None = None
+    wandb_run_id: str | None = None
+
+
+def load_settings(env_file: Path | None = Path(".env")) -> Settings:
+    """Read `.env` in the working folder, then the environment, which wins.
+
+    Values of `.env` are put into `os.environ` where it lacks them, so that the W&B client and
+    its service process see the same.
+
+    Raises:
+        ConfigError: `.env` cannot be read, or a variable has a value that is not allowed.
+    """
+    if env_file is not None and env_file.is_file():
+        try:
+            found = dotenv_values(env_file)
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{env_file}: cannot be read: {error}") from None
+        for key, value in found.items():
+            if value is not None and key not in os.environ:
+                os.environ[key] = value
+    environment = os.environ
+    mode = environment.get("WANDB_MODE") or None
+    if mode is not None and mode not in WANDB_MODES:
+        raise ConfigError(f"WANDB_MODE: got {mode!r}, allowed: {', '.join(WANDB_MODES)}")
+    base_url = environment.get("WANDB_BASE_URL") or DEFAULT_BASE_URL
+    parameters = environment.get("WANDB_SWEEP_PARAM_PATH")
+    return Settings(
+        data_dir=_folder(environment, "MNIST_WANDB_DATA_DIR", "data"),
+        runs_dir=_folder(environment, "MNIST_WANDB_RUNS_DIR", "runs"),
+        wandb_mode=cast("WandbMode | None", mode),
+        wandb_base_url=base_url,
+        wandb_entity=environment.get("WANDB_ENTITY") or None,
+        wandb_project=environment.get("WANDB_PROJECT") or None,
+        api_key_source=_find_api_key(environment, base_url, env_file),
+        sweep_id=environment.get("WANDB_SWEEP_ID") or None,
+        sweep_parameters=Path(parameters) if parameters else None,
+        wandb_run_id=environment.get("WANDB_RUN_ID") or None,
+    )
+
+
+def choose_wandb_mode(config: RunConfig, settings: Settings) -> tuple[WandbMode, str]:
+    """Decide between online, offline and disabled, without ever asking.
+
+    Returns:
+        The mode and the reason in a few words.
+    """
+    if config.tracking.mode != "auto":
+        return config.tracking.mode, "tracking.mode"
+    if settings.wandb_mode is not None:
+        return settings.wandb_mode, "WANDB_MODE"
+    if settings.api_key_source is not None:
+        return "online", f"API key in {settings.api_key_source}"
+    return "offline", "no API key found"
+
+
+def _folder(environment: Mapping[str, str], variable: str, default: str) -> Path:
+    return Path(environment.get(variable) or default).expanduser()
+
+
+def _find_api_key(
+    environment: Mapping[str, str], base_url: str, env_file: Path | None
+) -> str | None:
+    if environment.get("WANDB_API_KEY"):
+        return "the environment" if env_file is None else f"the environment or {env_file}"
+    host = urlsplit(base_url).hostname or base_url
+    candidates = [environment.get("NETRC"), "~/.netrc", "~/_netrc"]
+    for candidate in filter(None, candidates):
+        path = Path(candidate).expanduser()
+        try:
+            login = netrc.netrc(path).authenticators(host)
+        except (OSError, netrc.NetrcParseError, UnicodeDecodeError, KeyError):
+            continue
+        if login and login[2]:
+            return str(path)
+    return None

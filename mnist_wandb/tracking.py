@@ -1,0 +1,195 @@
+"""Weights & Biases; the only importer of wandb."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import wandb
+
+from mnist_wandb.config import RunConfig
+from mnist_wandb.errors import TrackingError
+from mnist_wandb.metrics import EvalResult, Ints, class_scores, most_confident_mistakes, sample_positions
+from mnist_wandb.runs import Row, RunFolder, slug
+from mnist_wandb.settings import Settings, WandbMode
+
+log = logging.getLogger(__name__)
+
+DEFAULT_PROJECT = "mnist-wandb"
+INIT_TIMEOUT_SECONDS = 30.0
+FINISH_TIMEOUT_SECONDS = 60.0
+"""Longest wait for the server at the end of a run; the local record is complete before."""
+FLUSH_SECONDS = 1.0
+"""How much of the W&B record a kill may cost; the run folder loses nothing."""
+AXES = {"train/*": "step", "val/*": "epoch", "best/*": "epoch", "test/*": "epoch"}
+
+
+class WandbSink:
+    """One W&B run, fed from the recorder."""
+
+    def __init__(self, run: wandb.Run) -> None:
+        self.run = run
+
+    @classmethod
+    def start(
+        cls, config: RunConfig, settings: Settings, folder: RunFolder, mode: WandbMode
+    ) -> WandbSink:
+        """Start (or continue) the W&B run of a run folder; never asks for anything.
+
+        Raises:
+            TrackingError: the server cannot be reached or refuses the key.
+        """
+        tracking = config.tracking
+        try:
+            run = wandb.init(
+                project=tracking.project or settings.wandb_project or DEFAULT_PROJECT,
+                entity=tracking.entity or settings.wandb_entity,
+                dir=str(folder.path),
+                id=folder.run_id,
+                resume="allow",
+                name=config.run_name,
+                group=tracking.group,
+                job_type=tracking.job_type,
+                tags=list(tracking.tags),
+                notes=tracking.notes,
+                config=config.model_dump(mode="json"),
+                mode=mode,
+                reinit="finish_previous",
+                settings=wandb.Settings(
+                    silent=True,
+                    console="wrap",
+                    init_timeout=INIT_TIMEOUT_SECONDS,
+                    finish_timeout=FINISH_TIMEOUT_SECONDS,
+                    x_transaction_log_flush_interval=FLUSH_SECONDS,
+                    disable_git=True,  # code and diffs stay here unless asked for
+                    save_code=False,
+                ),
+            )
+        except (wandb.Error, OSError) as error:
+            raise TrackingError(
+                f"W&B could not start ({mode}): {' '.join(str(error).split())[:300]};"
+                " set tracking.mode=offline to record here and upload later"
+            ) from None
+        for pattern, axis in AXES.items():
+            run.define_metric(pattern, step_metric=axis)
+        return cls(run)
+
+    def describe(self, mode: WandbMode) -> dict[str, str | None]:
+        """Mode, id, and the address (online) or the folder (offline) of the run."""
+        place = {"url": self.run.url} if mode == "online" else {"dir": self.record_dir}
+        return {"mode": mode, "id": self.run.id, **place}
+
+    @property
+    def record_dir(self) -> str:
+        """The folder that `wandb sync` and `wandb leet` take."""
+        return os.path.relpath(Path(self.run.dir).parent)
+
+    def log(self, row: Row) -> None:
+        """Log one row of metrics; the axes are in the row, so `step=` is not used."""
+        self.run.log(dict(row))
+
+    def log_confusion(
+        self, split: str, row: Row, confusion: Ints, class_names: Sequence[str]
+    ) -> None:
+        """Log a confusion matrix as W&B's own chart, under one key per split."""
+        data = [
+            [actual, predicted, int(confusion[i, j])]
+            for i, actual in enumerate(class_names)
+            for j, predicted in enumerate(class_names)
+        ]
+        table = wandb.Table(columns=["Actual", "Predicted", "nPredictions"], data=data)
+        chart = wandb.plot_table(
+            vega_spec_name="wandb/confusion_matrix/v1",
+            data_table=table,
+            fields={name: name for name in table.columns},
+            string_fields={"title": f"Confusion matrix, {split}"},
+            split_table=True,
+        )
+        self.run.log({f"{split}/confusion_matrix": chart, **row})
+
+    def log_evaluation(
+        self, split: str, row: Row, result: EvalResult, images: npt.NDArray[np.uint8], count: int
+    ) -> None:
+        """Log confusion matrix, per-class scores, sample predictions and confident mistakes.
+
+        Args:
+            split: prefix of the keys.
+            row: step and epoch.
+            result: of that split.
+            images: uint8 (N, H, W), the split's images in the result's order.
+            count: pictures in each of the two tables; 0 leaves them out.
+        """
+        self.log_confusion(split, row, result.confusion, result.class_names)
+        scores = class_scores(result.confusion)
+        columns = ["class", "precision", "recall", "f1", "images"]
+        values = zip(
+            result.class_names,
+            scores.precision.tolist(),
+            scores.recall.tolist(),
+            scores.f1.tolist(),
+            scores.support.tolist(),
+            strict=True,
+        )
+        per_class = wandb.Table(columns=columns, data=[list(v) for v in values])
+        chart = wandb.plot.bar(per_class, "class", "f1", title=f"F1 per class, {split}")
+        tables: dict[str, Any] = {f"{split}/per_class": per_class, f"{split}/per_class_f1": chart}
+        if count:
+            samples = sample_positions(result, count)
+            mistakes = most_confident_mistakes(result, count)
+            tables[f"{split}/predictions"] = _picture_table(result, images, samples)
+            tables[f"{split}/mistakes"] = _picture_table(result, images, mistakes)
+        self.run.log({**tables, **row})
+
+    def log_model(self, path: Path, aliases: Sequence[str], metadata: Mapping[str, Any]) -> None:
+        """Log a checkpoint as a version of the run's model artifact."""
+        artifact = wandb.Artifact(
+            slug(f"model-{self.run.name}-{self.run.id}"), type="model", metadata=dict(metadata)
+        )
+        artifact.add_file(str(path), name="model.pt")
+        self.run.log_artifact(artifact, aliases=list(aliases))
+
+    def watch(self, model: Any) -> None:
+        """Log histograms of the gradients of a torch module."""
+        self.run.watch(model, log="gradients", log_freq=100)
+
+    def alert(self, title: str, text: str, *, warn: bool = False) -> None:
+        """Send an alert (W&B mails it or posts it, as the user's settings there say)."""
+        level = wandb.AlertLevel.WARN if warn else wandb.AlertLevel.INFO
+        self.run.alert(title=title[:64], text=text, level=level)
+
+    def finish(self, exit_code: int, summary: Mapping[str, Any]) -> None:
+        """End the W&B run with its exit code and a few values of the run's summary."""
+        self.run.summary.update(dict(summary))
+        self.run.finish(exit_code=exit_code)
+
+
+def _picture_table(
+    result: EvalResult, images: npt.NDArray[np.uint8], positions: Ints
+) -> wandb.Table:
+    columns = ["id", "image", "truth", "prediction", "confidence", *result.class_names]
+    rows = []
+    for position in positions.tolist():
+        rows.append(
+            [
+                int(result.ids[position]),
+                # uint8: wandb would show floats in [0, 1] as an all-black picture.
+                wandb.Image(images[position]),
+                result.class_names[result.labels[position]],
+                result.class_names[result.predictions[position]],
+                float(result.confidence[position]),
+                *(float(p) for p in result.probabilities[position]),
+            ]
+        )
+    # The class columns would clash with other columns only if a class had such a name.
+    names = [name if columns.index(name) == i else f"p({name})" for i, name in enumerate(columns)]
+    return wandb.Table(columns=names, data=rows)
+
+
+def versions() -> dict[str, str]:
+    """Version of the W&B client."""
+    return {"wandb": wandb.__version__}
