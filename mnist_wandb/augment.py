@@ -30,12 +30,7 @@ def augment(images: Tensor, config: AugmentConfig) -> Tensor:
         Tensor of the same shape in [0, 255]; uint8 as long as whole pixels are moved, float32
         after interpolation.
     """
-    if (
-        config.rotation_degrees
-        or config.zoom
-        or config.shear_degrees
-        or config.elastic
-    ):
+    if config.rotation_degrees or config.zoom or config.shear_degrees or config.elastic:
         images = _warp(images.float(), config)
     elif config.translate_pixels:
         images = _translate(images, config.translate_pixels)

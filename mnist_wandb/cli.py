@@ -31,8 +31,6 @@ from mnist_wandb.errors import ConfigError, DivergedError, MnistWandbError
 from mnist_wandb.settings import Settings, choose_wandb_mode, load_settings
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from mnist_wandb.metrics import EvalResult
 
 EXIT_DONE, EXIT_FAILED, EXIT_BAD_INPUT = 0, 1, 2
@@ -66,8 +64,7 @@ def _settings_help() -> str:
             lines.append(f"  {key}.name: {' | '.join(VARIANTS[key])}")
             continue
         lines.append(f"  {key}: {info.description}")
-        if hasattr(info.annotation, "model_fields"):
-            write(info.annotation.model_fields, f"{key}.")
+        write(getattr(info.annotation, "model_fields", {}), f"{key}.")
     return "\n".join(lines)
 
 
@@ -205,7 +202,9 @@ def _describe_run(resolved: ResolvedConfig, settings: Settings, *, as_json: bool
 
     config = resolved.config
     plan = choose_plan(config).describe()
-    layers = summarize_model(config.model, (1, 28, 28), len(DATASETS[config.data.dataset].class_names))
+    layers = summarize_model(
+        config.model, (1, 28, 28), len(DATASETS[config.data.dataset].class_names)
+    )
     images = train_count(config.data)
     total = count_steps(config, images)
     mode, reason = choose_wandb_mode(config, settings)
@@ -227,7 +226,12 @@ def _describe_run(resolved: ResolvedConfig, settings: Settings, *, as_json: bool
     console = make_console()
     console.print(to_yaml(config, resolved.origins), markup=False)
     rows = [
-        (layer.path, layer.kind, "×".join(map(str, layer.output_shape)), f"{layer.num_parameters:,}")
+        (
+            layer.path,
+            layer.kind,
+            "×".join(map(str, layer.output_shape)),
+            f"{layer.num_parameters:,}",
+        )
         for layer in layers
     ]
     print_rows(console, ("layer", "type", "output", "parameters"), rows, title=config.model.name)

@@ -212,7 +212,11 @@ class MlpConfig(_ModelSection):
                 ]
             }
         ),
-    ] = Field((), strict=False, description="Dropout after each hidden layer: one number, or one per layer.")
+    ] = Field(
+        (),
+        strict=False,
+        description="Dropout after each hidden layer: one number, or one per layer.",
+    )
     activation: Activation = Field("relu", description="Activation function.")
     batch_norm: bool = Field(False, description="Batch normalisation before each activation.")
 
@@ -300,10 +304,18 @@ class ResnetConfig(_ModelSection):
 
     name: str = _model_name("resnet")
     blocks_per_stage: tuple[Annotated[int, Field(ge=1, le=64)], ...] = Field(
-        (2, 2, 2), strict=False, min_length=1, max_length=5, description="Residual blocks of each stage."
+        (2, 2, 2),
+        strict=False,
+        min_length=1,
+        max_length=5,
+        description="Residual blocks of each stage.",
     )
     widths: tuple[Width, ...] = Field(
-        (64, 128, 256), strict=False, min_length=1, max_length=5, description="Channels of each stage."
+        (64, 128, 256),
+        strict=False,
+        min_length=1,
+        max_length=5,
+        description="Channels of each stage.",
     )
 
     @model_validator(mode="after")
@@ -445,9 +457,7 @@ class TrainingConfig(Section):
     grad_clip_norm: float | None = Field(
         None, gt=0, le=1e6, description="Largest norm of the gradient; null is off."
     )
-    early_stopping: EarlyStoppingConfig | None = Field(
-        None, description="Stop early; null is off."
-    )
+    early_stopping: EarlyStoppingConfig | None = Field(None, description="Stop early; null is off.")
     precision: Literal["auto", "fp32", "bf16"] = Field(
         "auto", description="auto: bf16 on CUDA devices that have it, else fp32."
     )
@@ -699,7 +709,9 @@ def _merge_layers(layers: Iterable[Layer]) -> tuple[dict[str, Any], dict[KeyPath
             if isinstance(said, Mapping) and isinstance(said.get("name"), str):
                 _drop_misfits(section, said["name"], merged, owners)
         for path in list(owners):  # a section replaced by a scalar or null: nothing below is left
-            if any(not isinstance(_get(layer.values, path[:i]), Mapping) for i in range(1, len(path))):
+            if any(
+                not isinstance(_get(layer.values, path[:i]), Mapping) for i in range(1, len(path))
+            ):
                 del owners[path]
         merge_into(merged, layer.values)
         for path in _leaves(layer.values):
@@ -747,7 +759,9 @@ def _leaves(values: Mapping[str, Any], path: KeyPath = ()) -> Iterable[KeyPath]:
 def _origins(config: RunConfig, owners: Mapping[KeyPath, Layer]) -> dict[str, str]:
     origins = {}
     for path in _leaves(config.model_dump(mode="json")):
-        owner = next((owners[path[:i]] for i in range(len(path), 0, -1) if path[:i] in owners), None)
+        owner = next(
+            (owners[path[:i]] for i in range(len(path), 0, -1) if path[:i] in owners), None
+        )
         origin = owner.label if owner else "default"
         zoo_row = ZOO.get(config.model.name)
         if owner is None and path[0] == "model" and zoo_row and path[1] in zoo_row.fields:
@@ -864,7 +878,7 @@ def _pattern_hint(path: KeyPath, context: Mapping[str, Any]) -> str:
 
 def _where(path: KeyPath, owners: Mapping[KeyPath, Layer]) -> str:
     for end in range(len(path), 0, -1):
-        for owned, layer in reversed(owners.items()):
+        for owned, layer in reversed(list(owners.items())):
             if owned[:end] == path[:end]:
                 return f"{layer.where(path)}: "
     return ""

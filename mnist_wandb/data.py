@@ -232,7 +232,7 @@ def batch_indices(
     # Seeds and epochs are mixed by NumPy's SeedSequence: neighbours share nothing.
     mixed = int(np.random.SeedSequence((seed, epoch)).generate_state(1, np.uint64)[0] >> 1)
     generator = torch.Generator().manual_seed(mixed)
-    return torch.randperm(count, generator=generator).to(device).split(batch_size)
+    return torch.split(torch.randperm(count, generator=generator).to(device), batch_size)
 
 
 # ── splitting ────────────────────────────────────────────────────────────────────────────────
@@ -301,7 +301,7 @@ def _make_split(
     images = np.ascontiguousarray(images)[:, None]
     digest = hashlib.sha256(str(images.shape).encode())
     for part in (images, labels.astype("<i8"), ids.astype("<i8")):
-        digest.update(memoryview(np.ascontiguousarray(part)).cast("B"))
+        digest.update(np.ascontiguousarray(part).data)
     return Split(
         name,
         torch.from_numpy(images).to(device),
@@ -315,7 +315,7 @@ def _make_split(
 def _pixel_statistics(images: Tensor) -> tuple[float, float]:
     """Mean and standard deviation of the pixels in [0, 1]; exact, summed as integers."""
     total = squares = 0
-    for chunk in images.split(8192):
+    for chunk in torch.split(images, 8192):
         pixels = chunk.to(torch.int32)
         total += int(pixels.sum(dtype=torch.int64))
         squares += int(pixels.square_().sum(dtype=torch.int64))
@@ -347,7 +347,7 @@ def _read_idx_files(row: DatasetRow, data_dir: Path) -> Source:
     raw = data_dir / row.torchvision_name / "raw"
     if not is_present(row, data_dir):
         _download(row, data_dir)
-    arrays = []
+    arrays: list[Array] = []
     for images_name, labels_name in (row.files[:2], row.files[2:]):
         images_path, labels_path = _find_idx(raw, images_name), _find_idx(raw, labels_name)
         if images_path is None or labels_path is None:
@@ -405,7 +405,8 @@ def read_idx(path: Path) -> Array:
     except (OSError, EOFError) as error:
         raise DatasetError(f"{path}: cannot be read: {error}") from None
     magic = content[:4].tobytes()
-    dtype = {8: np.dtype(np.uint8), 12: np.dtype(">i4")}.get(magic[2] if len(magic) == 4 else 0)
+    dtypes: dict[int, np.dtype[Any]] = {8: np.dtype(np.uint8), 12: np.dtype(">i4")}
+    dtype = dtypes.get(magic[2] if len(magic) == 4 else 0)
     if dtype is None or magic[:2] != b"\0\0" or not 1 <= magic[3] <= 4:
         raise DatasetError(
             f"{path}: not an IDX file (starts with {magic.hex(' ') or 'nothing'}, expected"
@@ -420,7 +421,8 @@ def read_idx(path: Path) -> Array:
             f"{path}: {state}: {len(content)} bytes, expected {expected} for shape {shape};"
             " fetch it again"
         )
-    return content[header:].view(dtype).reshape(shape)
+    array: Array = content[header:].view(dtype).reshape(shape)
+    return array
 
 
 def _download(row: DatasetRow, data_dir: Path) -> None:

@@ -130,7 +130,9 @@ class TrainingDisplay:
 
 def print_summary(console: Console, summary: RunSummary, test: EvalResult | None) -> None:
     """Print how a run ended: results, tables, where things are, what to do next."""
-    table = Table("metric", "value", title=f"{summary.name}: {summary.status}", title_justify="left")
+    table = Table(
+        "metric", "value", title=f"{summary.name}: {summary.status}", title_justify="left"
+    )
     names = ("test/accuracy", "test/loss", "test/macro_f1", "test/calibration_error")
     for name in (*names, "best/val_accuracy", "best/epoch"):
         if name in summary.metrics:

@@ -75,7 +75,7 @@ def predict_logits(
         ):
             batches = [
                 model(preprocessing(batch).contiguous(memory_format=memory_format)).float()
-                for batch in images.split(batch_size)
+                for batch in torch.split(images, batch_size)
             ]
         return torch.cat(batches)
     finally:
@@ -99,7 +99,9 @@ def evaluate(
         split: images and labels.
         preprocessing: the one of training.
         loss: see `compute_loss`; without label smoothing.
-        batch_size, precision, channels_last: see `predict_logits`.
+        batch_size: images per forward pass.
+        precision: "fp32" or "bf16" (autocast).
+        channels_last: lay the batch out channels-last.
 
     Returns:
         Loss (a true mean over images), probabilities and everything that follows from them.

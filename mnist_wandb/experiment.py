@@ -77,9 +77,7 @@ def run_experiment(
     plan = choose_plan(config)
     log.info("device: %s (%s)", plan.device, plan.reason)
     splits = load_dataset(config.data, data_dir=settings.data_dir, device=plan.device)
-    model = build_model(
-        config.model, splits.image_shape, len(splits.class_names), seed=config.seed
-    )
+    model = build_model(config.model, splits.image_shape, len(splits.class_names), seed=config.seed)
     checkpoint = _load_last(resume, splits) if resume is not None else None
     with _open_folder(config, settings, preset, resume, count_parameters(model)) as folder:
         if checkpoint is None:
@@ -251,7 +249,9 @@ class _Session:
             total_seconds=round(self.total_seconds, 3),
             images_per_second=round(self.images_used / seconds, 1) if seconds else 0.0,
             metrics=self.recorder.final,
-            wandb=self.wandb.describe(self.mode) if self.wandb else {"mode": "disabled", "id": None},
+            wandb=self.wandb.describe(self.mode)
+            if self.wandb
+            else {"mode": "disabled", "id": None},
             error=error,
         )
         if self.wandb is not None:

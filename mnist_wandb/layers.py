@@ -48,7 +48,7 @@ class Layer:
 class _Loader(yaml.SafeLoader):
     """YAML 1.2 scalars as people mean them: `1e-3` is a number, `on` and `no` are texts."""
 
-    yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}
+    yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}  # noqa: RUF012
 
 
 for _tag, _pattern, _first in (
@@ -128,7 +128,7 @@ def parse_yaml(text: str, label: str) -> Layer:
             node = loader.get_single_node()
             values = loader.construct_document(node) if node is not None else {}
         finally:
-            loader.dispose()  # type: ignore[no-untyped-call]
+            loader.dispose()
         _collect_marks(node, (), marks)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark

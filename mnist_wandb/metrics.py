@@ -83,12 +83,12 @@ class EvalResult:
     @cached_property
     def predictions(self) -> Ints:
         """int64 (N,): the most probable class of each image."""
-        return self.probabilities.argmax(axis=1)
+        return np.asarray(self.probabilities.argmax(axis=1), dtype=np.int64)
 
     @cached_property
     def confidence(self) -> Floats:
         """float32 (N,): probability of the predicted class."""
-        return self.probabilities.max(axis=1)
+        return np.asarray(self.probabilities.max(axis=1))
 
     @cached_property
     def confusion(self) -> Ints:
@@ -126,7 +126,7 @@ def class_scores(confusion: Ints) -> ClassScores:
     support, predicted = confusion.sum(axis=1), confusion.sum(axis=0)
 
     def ratio(top: Floats, bottom: npt.NDArray[Any]) -> Floats:
-        return np.divide(top, bottom, out=np.zeros_like(top), where=bottom > 0)
+        return np.asarray(np.divide(top, bottom, out=np.zeros_like(top), where=bottom > 0))
 
     return ClassScores(
         ratio(hits, predicted), ratio(hits, support), ratio(2 * hits, support + predicted), support

@@ -222,7 +222,9 @@ class LayerRow:
     num_parameters: int
 
 
-def summarize_model(config: ModelConfig, image_shape: ImageShape, num_classes: int) -> list[LayerRow]:
+def summarize_model(
+    config: ModelConfig, image_shape: ImageShape, num_classes: int
+) -> list[LayerRow]:
     """Run one image through the model without computing and list what each layer gives."""
     rows: list[LayerRow] = []
 

@@ -199,7 +199,9 @@ class RunFolder:
 
     def write_summary(self, summary: RunSummary) -> None:
         """Write the summary, last of all."""
-        self._write(self.summary_path, json.dumps(asdict(summary), indent=2, allow_nan=False) + "\n")
+        self._write(
+            self.summary_path, json.dumps(asdict(summary), indent=2, allow_nan=False) + "\n"
+        )
 
     def write_evaluation(self, result: EvalResult) -> None:
         """Write predictions and confusion matrix of the test split."""

@@ -10,7 +10,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, cast
+from typing import Literal
 from urllib.parse import urlsplit
 
 from dotenv import dotenv_values
@@ -78,7 +78,7 @@ def load_settings(env_file: Path | None = Path(".env")) -> Settings:
     return Settings(
         data_dir=_folder(environment, "MNIST_WANDB_DATA_DIR", "data"),
         runs_dir=_folder(environment, "MNIST_WANDB_RUNS_DIR", "runs"),
-        wandb_mode=cast("WandbMode | None", mode),
+        wandb_mode=mode,
         wandb_base_url=base_url,
         wandb_entity=environment.get("WANDB_ENTITY") or None,
         wandb_project=environment.get("WANDB_PROJECT") or None,
@@ -87,6 +87,19 @@ def load_settings(env_file: Path | None = Path(".env")) -> Settings:
         sweep_parameters=Path(parameters) if parameters else None,
         wandb_run_id=environment.get("WANDB_RUN_ID") or None,
     )
+
+
+def keep_wandb_files_in(folder: Path) -> None:
+    """Let the W&B client stage the files of artifacts and tables there, not in the home folder.
+
+    A run folder is complete that way. WANDB_DATA_DIR wins where the user has set it.
+    """
+    global _staging_dir  # noqa: PLW0603 - the environment is global, too
+    if os.environ.get("WANDB_DATA_DIR") in (None, "", _staging_dir):
+        _staging_dir = os.environ["WANDB_DATA_DIR"] = str(folder.absolute())
+
+
+_staging_dir: str | None = None
 
 
 def choose_wandb_mode(config: RunConfig, settings: Settings) -> tuple[WandbMode, str]:

@@ -14,9 +14,15 @@ import wandb
 
 from mnist_wandb.config import RunConfig
 from mnist_wandb.errors import TrackingError
-from mnist_wandb.metrics import EvalResult, Ints, class_scores, most_confident_mistakes, sample_positions
+from mnist_wandb.metrics import (
+    EvalResult,
+    Ints,
+    class_scores,
+    most_confident_mistakes,
+    sample_positions,
+)
 from mnist_wandb.runs import Row, RunFolder, slug
-from mnist_wandb.settings import Settings, WandbMode
+from mnist_wandb.settings import Settings, WandbMode, keep_wandb_files_in
 
 log = logging.getLogger(__name__)
 
@@ -26,6 +32,8 @@ FINISH_TIMEOUT_SECONDS = 60.0
 """Longest wait for the server at the end of a run; the local record is complete before."""
 FLUSH_SECONDS = 1.0
 """How much of the W&B record a kill may cost; the run folder loses nothing."""
+PANEL_PICTURES = 32
+"""Sample predictions that are also shown as a plain picture panel, besides the table."""
 AXES = {"train/*": "step", "val/*": "epoch", "best/*": "epoch", "test/*": "epoch"}
 
 
@@ -45,6 +53,7 @@ class WandbSink:
             TrackingError: the server cannot be reached or refuses the key.
         """
         tracking = config.tracking
+        keep_wandb_files_in(folder.path / "wandb")
         try:
             run = wandb.init(
                 project=tracking.project or settings.wandb_project or DEFAULT_PROJECT,
@@ -106,7 +115,7 @@ class WandbSink:
         chart = wandb.plot_table(
             vega_spec_name="wandb/confusion_matrix/v1",
             data_table=table,
-            fields={name: name for name in table.columns},
+            fields={str(name): str(name) for name in table.columns},
             string_fields={"title": f"Confusion matrix, {split}"},
             split_table=True,
         )
@@ -126,7 +135,7 @@ class WandbSink:
         """
         self.log_confusion(split, row, result.confusion, result.class_names)
         scores = class_scores(result.confusion)
-        columns = ["class", "precision", "recall", "f1", "images"]
+        columns: list[str | int] = ["class", "precision", "recall", "f1", "images"]
         values = zip(
             result.class_names,
             scores.precision.tolist(),
@@ -143,6 +152,8 @@ class WandbSink:
             mistakes = most_confident_mistakes(result, count)
             tables[f"{split}/predictions"] = _picture_table(result, images, samples)
             tables[f"{split}/mistakes"] = _picture_table(result, images, mistakes)
+            pictures = [_picture(result, images, i) for i in samples[:PANEL_PICTURES].tolist()]
+            tables[f"{split}/pictures"] = pictures
         self.run.log({**tables, **row})
 
     def log_model(self, path: Path, aliases: Sequence[str], metadata: Mapping[str, Any]) -> None:
@@ -159,8 +170,7 @@ class WandbSink:
 
     def alert(self, title: str, text: str, *, warn: bool = False) -> None:
         """Send an alert (W&B mails it or posts it, as the user's settings there say)."""
-        level = wandb.AlertLevel.WARN if warn else wandb.AlertLevel.INFO
-        self.run.alert(title=title[:64], text=text, level=level)
+        self.run.alert(title=title[:64], text=text, level="WARN" if warn else "INFO")
 
     def finish(self, exit_code: int, summary: Mapping[str, Any]) -> None:
         """End the W&B run with its exit code and a few values of the run's summary."""
@@ -168,28 +178,28 @@ class WandbSink:
         self.run.finish(exit_code=exit_code)
 
 
+def _picture(result: EvalResult, images: npt.NDArray[np.uint8], i: int) -> wandb.Image:
+    truth, prediction = result.labels[i], result.predictions[i]
+    names = result.class_names
+    caption = f"{result.ids[i]}: {names[truth]}, predicted {names[prediction]}"
+    # uint8: wandb would show floats in [0, 1] as an all-black picture.
+    return wandb.Image(images[i], caption=f"{caption} ({result.confidence[i]:.2f})")
+
+
 def _picture_table(
     result: EvalResult, images: npt.NDArray[np.uint8], positions: Ints
 ) -> wandb.Table:
-    columns = ["id", "image", "truth", "prediction", "confidence", *result.class_names]
-    rows = []
-    for position in positions.tolist():
-        rows.append(
-            [
-                int(result.ids[position]),
-                # uint8: wandb would show floats in [0, 1] as an all-black picture.
-                wandb.Image(images[position]),
-                result.class_names[result.labels[position]],
-                result.class_names[result.predictions[position]],
-                float(result.confidence[position]),
-                *(float(p) for p in result.probabilities[position]),
-            ]
-        )
-    # The class columns would clash with other columns only if a class had such a name.
-    names = [name if columns.index(name) == i else f"p({name})" for i, name in enumerate(columns)]
-    return wandb.Table(columns=names, data=rows)
-
-
-def versions() -> dict[str, str]:
-    """Version of the W&B client."""
-    return {"wandb": wandb.__version__}
+    columns: list[str | int] = ["id", "image", "truth", "prediction", "confidence"]
+    columns += [f"p({name})" for name in result.class_names]
+    rows = [
+        [
+            int(result.ids[i]),
+            _picture(result, images, i),
+            result.class_names[result.labels[i]],
+            result.class_names[result.predictions[i]],
+            float(result.confidence[i]),
+            *(float(p) for p in result.probabilities[i]),
+        ]
+        for i in positions.tolist()
+    ]
+    return wandb.Table(columns=columns, data=rows)

@@ -10,7 +10,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -168,7 +168,9 @@ def lr_factor(config: ScheduleConfig, step: int, total_steps: int, steps_per_epo
             linear = anneal == "linear"
             if step < peak:
                 return _blend(start, 1.0, step / peak, linear=linear)
-            return _blend(1.0, final, (step - peak) / (last - peak) if last > peak else 0.0, linear=linear)
+            return _blend(
+                1.0, final, (step - peak) / (last - peak) if last > peak else 0.0, linear=linear
+            )
         case _:
             return 1.0
 
@@ -204,10 +206,17 @@ class TrainingState:
     logged_seconds: float = 0.0
     images_used: int = 0
 
-    _NUMBERS = (
-        "step best_epoch best_accuracy reference_accuracy epochs_without_gain last_finite_loss"
-        " training_seconds logged_seconds images_used"
-    ).split()
+    NUMBERS: ClassVar = (
+        "step",
+        "best_epoch",
+        "best_accuracy",
+        "reference_accuracy",
+        "epochs_without_gain",
+        "last_finite_loss",
+        "training_seconds",
+        "logged_seconds",
+        "images_used",
+    )
 
     @property
     def scored_model(self) -> nn.Module:
@@ -219,7 +228,7 @@ class TrainingState:
         losses = [loss for loss, _, _ in self.pending]
         hits = [correct for _, correct, _ in self.pending]
         return {
-            **{name: getattr(self, name) for name in self._NUMBERS},
+            **{name: getattr(self, name) for name in self.NUMBERS},
             "model": self.model.state_dict(),
             "averaged": None if self.averaged is None else self.averaged.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -242,7 +251,7 @@ class TrainingState:
             if self.averaged is not None:
                 self.averaged.load_state_dict(stored["averaged"])
             self.optimizer.load_state_dict(stored["optimizer"])
-            for name in self._NUMBERS:
+            for name in self.NUMBERS:
                 setattr(self, name, stored[name])
             self.best_weights = {k: v.to(device) for k, v in stored["best_weights"].items()}
             self.pending = [
@@ -312,10 +321,10 @@ def train(
     plan = plan or choose_plan(config)
     model.to(plan.device)
     if plan.channels_last:
-        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        model.to(memory_format=torch.channels_last)
     averaged = None
     if config.training.ema_decay is not None:
-        average = get_ema_multi_avg_fn(config.training.ema_decay)
+        average = get_ema_multi_avg_fn(config.training.ema_decay)  # type: ignore[no-untyped-call]
         averaged = AveragedModel(model, multi_avg_fn=average, use_buffers=True)
     state = TrainingState(model, make_optimizer(config.optimizer, model), averaged)
     torch.manual_seed(config.seed)
@@ -468,13 +477,13 @@ class _Loop:
         state.pending.clear()
         state.training_seconds += now - since
         state.images_used += sum(sizes)
-        state.logged_seconds, since_log = state.training_seconds, (
-            state.training_seconds - state.logged_seconds
+        state.logged_seconds, since_log = (
+            state.training_seconds,
+            (state.training_seconds - state.logged_seconds),
         )
         values = {
-            "train/loss": math.fsum(
-                loss * size for loss, size in zip(losses, sizes, strict=True)
-            ) / sum(sizes),
+            "train/loss": math.fsum(loss * size for loss, size in zip(losses, sizes, strict=True))
+            / sum(sizes),
             "train/accuracy": hits / sum(sizes),
             "train/lr": lr,
             "train/images_per_second": sum(sizes) / since_log,

@@ -1,0 +1,128 @@
+"""Every test works in an empty folder of its own, without keys, network or the user's settings."""
+
+from __future__ import annotations
+
+import os
+import struct
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from mnist_wandb.cli import main
+from mnist_wandb.config import RunConfig, load_config
+from mnist_wandb.data import Splits, load_dataset
+
+REAL_DATA_DIR = os.environ.get("MNIST_WANDB_DATA_DIR")
+"""Real data sets, used where they are there; read before the tests' own environment is set."""
+
+FAST = ("tracking.mode=disabled", "training.epochs=2", "data.train_size=200")
+"""Overrides that make a run on the embedded digits take about a second."""
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def isolated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in list(os.environ):
+        if name.startswith(("WANDB_", "MNIST_WANDB_")):
+            monkeypatch.delenv(name)
+    home = tmp_path / "home"
+    home.mkdir()
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.setenv("NETRC", str(home / "no-netrc"))
+    for name in ("WANDB_DATA_DIR", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR"):
+        monkeypatch.setenv(name, str(tmp_path / name.lower()))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    work = tmp_path / "work"
+    work.mkdir()
+    monkeypatch.chdir(work)
+
+
+@dataclass(frozen=True)
+class Finished:
+    """How a command ended."""
+
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def cli(capfd: pytest.CaptureFixture[str]) -> Callable[..., Finished]:
+    """Run a command in this process."""
+
+    def call(*arguments: str) -> Finished:
+        capfd.readouterr()
+        code = main(list(arguments))
+        out, err = capfd.readouterr()
+        return Finished(code, out, err)
+
+    return call
+
+
+@pytest.fixture
+def program() -> Callable[..., Finished]:
+    """Run a command in a process of its own, in the test's folder."""
+
+    def call(*arguments: str, timeout: float = 120, **environment: str) -> Finished:
+        done = subprocess.run(
+            [sys.executable, "-m", "mnist_wandb", *arguments],
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            env={**os.environ, **environment},
+        )
+        return Finished(done.returncode, done.stdout, done.stderr)
+
+    return call
+
+
+@pytest.fixture
+def digits_config() -> RunConfig:
+    """A small, fast configuration on the embedded digits."""
+    return load_config("quickstart", FAST)
+
+
+@pytest.fixture(scope="session")
+def digits() -> Splits:
+    """The embedded digits, split by default."""
+    return load_dataset(load_config("quickstart").data)
+
+
+def write_idx(path: Path, array: np.ndarray) -> None:
+    """Write an IDX file of unsigned bytes or 32-bit integers."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    code = {"u1": 8, "i4": 12}[array.dtype.str[1:]]
+    header = struct.pack(f">BBBB{array.ndim}I", 0, 0, code, array.ndim, *array.shape)
+    path.write_bytes(header + array.astype(array.dtype.newbyteorder(">")).tobytes())
+
+
+@pytest.fixture
+def mnist_like(tmp_path: Path) -> Path:
+    """A data folder with a small data set in MNIST's files: 300 + 100 images of noise."""
+    rng = np.random.default_rng(0)
+    for prefix, count in (("train", 300), ("t10k", 100)):
+        raw = tmp_path / "data" / "MNIST" / "raw"
+        labels = (np.arange(count) % 10).astype(np.uint8)
+        images = rng.integers(0, 256, (count, 28, 28)).astype(np.uint8)
+        write_idx(raw / f"{prefix}-images-idx3-ubyte", images)
+        write_idx(raw / f"{prefix}-labels-idx1-ubyte", labels)
+    return tmp_path / "data"
+
+
+@pytest.fixture
+def real_data() -> Iterator[Path]:
+    """The folder with the real MNIST; the test is skipped where there is none."""
+    folder = Path(REAL_DATA_DIR or "data")
+    if not (folder / "MNIST" / "raw" / "train-images-idx3-ubyte").is_file():
+        pytest.skip("needs the real MNIST: set MNIST_WANDB_DATA_DIR to a folder that has it")
+    yield folder.absolute()
