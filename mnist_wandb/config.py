@@ -860,7 +860,7 @@ def _explain(details: Any, values: Mapping[str, Any], owners: Mapping[KeyPath, L
         "float_type": "expected a number",
         "bool_type": "expected true or false",
         "string_type": "expected text (put it in quotes)",
-        "tuple_type": "expected a list like [128, 64]",
+        "tuple_type": "expected a list like [a, b]",
         "string_pattern_mismatch": f"allowed: {_pattern_hint(path, context)}",
     }.get(kind, message[0].lower() + message[1:])
     return f"{where}{dotted}: got {describe_value(got)}, {message}"

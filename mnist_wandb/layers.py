@@ -162,7 +162,7 @@ def read_yaml(path: Path, label: str | None = None) -> Layer:
 
 
 def parse_value(text: str) -> Any:
-    """Read one value as JSON, else as a Python literal, else as plain text.
+    """Read one value as JSON, else as a Python literal, else a list or mapping in YAML, else text.
 
     Agents write Python's `str()` (`True`, `None`, `[64, 32]`, `{'name': 'cnn'}`), people write
     JSON or YAML (`true`, `null`, `1e-3`).
@@ -173,6 +173,11 @@ def parse_value(text: str) -> Any:
         except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
             continue
         return value
+    if text.strip()[:1] in ("[", "{"):  # as in a YAML file: [lab, first]
+        try:
+            return _plain(yaml.load(text, _Loader))
+        except (yaml.YAMLError, ValueError, RecursionError):
+            return text
     lowered = text.strip().lower().lstrip("+-")
     if lowered in ("inf", "infinity", "nan"):
         return math.nan if lowered == "nan" else math.inf  # rejected by validation, by its name

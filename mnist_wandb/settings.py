@@ -20,7 +20,9 @@ from mnist_wandb.errors import ConfigError
 
 WandbMode = Literal["online", "offline", "disabled"]
 WANDB_MODES: tuple[WandbMode, ...] = ("online", "offline", "disabled")
-DEFAULT_BASE_URL = "https://api.wandb.ai"
+DEFAULT_BASE_URL = "https://api.forge.coreweave.com"  # the client's own default
+KNOWN_HOSTS = ("api.forge.coreweave.com", "api.wandb.ai")
+"""Where a key for W&B's own service may be filed in netrc (the newer and the older name)."""
 
 
 @dataclass(frozen=True)
@@ -126,14 +128,14 @@ def _find_api_key(
 ) -> str | None:
     if environment.get("WANDB_API_KEY"):
         return "the environment" if env_file is None else f"the environment or {env_file}"
-    host = urlsplit(base_url).hostname or base_url
+    hosts = KNOWN_HOSTS if base_url == DEFAULT_BASE_URL else (urlsplit(base_url).hostname or "",)
     candidates = [environment.get("NETRC"), "~/.netrc", "~/_netrc"]
     for candidate in filter(None, candidates):
         path = Path(candidate).expanduser()
         try:
-            login = netrc.netrc(path).authenticators(host)
-        except (OSError, netrc.NetrcParseError, UnicodeDecodeError, KeyError):
+            entries = netrc.netrc(path).hosts
+        except (OSError, netrc.NetrcParseError, UnicodeDecodeError):
             continue
-        if login and login[2]:
+        if any(entries[host][2] for host in hosts if host in entries):
             return str(path)
     return None

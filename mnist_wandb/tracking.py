@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import logging
 import os
+import socket
+import urllib.request
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import numpy as np
 import numpy.typing as npt
@@ -24,10 +26,10 @@ from mnist_wandb.metrics import (
 from mnist_wandb.runs import Row, RunFolder, slug
 from mnist_wandb.settings import Settings, WandbMode, keep_wandb_files_in
 
-log = logging.getLogger(__name__)
-
 DEFAULT_PROJECT = "mnist-wandb"
-INIT_TIMEOUT_SECONDS = 30.0
+INIT_TIMEOUT_SECONDS = 20.0
+"""How long to wait for the server at the start before going on offline."""
+PROBE_TIMEOUT_SECONDS = 5.0
 FINISH_TIMEOUT_SECONDS = 60.0
 """Longest wait for the server at the end of a run; the local record is complete before."""
 FLUSH_SECONDS = 1.0
@@ -35,6 +37,22 @@ FLUSH_SECONDS = 1.0
 PANEL_PICTURES = 32
 """Sample predictions that are also shown as a plain picture panel, besides the table."""
 AXES = {"train/*": "step", "val/*": "epoch", "best/*": "epoch", "test/*": "epoch"}
+
+
+def _probe(base_url: str) -> None:
+    """Fail at once where nothing answers; the client itself would retry until its time is up.
+
+    Raises:
+        OSError: no connection.
+    """
+    address = urlsplit(base_url)
+    if address.hostname is None or address.scheme in urllib.request.getproxies():
+        return
+    port = address.port or (443 if address.scheme == "https" else 80)
+    try:
+        socket.create_connection((address.hostname, port), PROBE_TIMEOUT_SECONDS).close()
+    except OSError as error:
+        raise OSError(f"{base_url} does not answer: {error.strerror or error}") from None
 
 
 class WandbSink:
@@ -55,10 +73,12 @@ class WandbSink:
         tracking = config.tracking
         keep_wandb_files_in(folder.path / "wandb")
         try:
+            if mode == "online":
+                _probe(settings.wandb_base_url)
             run = wandb.init(
                 project=tracking.project or settings.wandb_project or DEFAULT_PROJECT,
                 entity=tracking.entity or settings.wandb_entity,
-                dir=str(folder.path),
+                dir=str(folder.path.absolute()),  # the client's service has another working folder
                 id=folder.run_id,
                 resume="allow",
                 name=config.run_name,
@@ -80,6 +100,7 @@ class WandbSink:
                 ),
             )
         except (wandb.Error, OSError) as error:
+            wandb.teardown()  # else the client holds the id for a run that never began
             raise TrackingError(
                 f"W&B could not start ({mode}): {' '.join(str(error).split())[:300]};"
                 " set tracking.mode=offline to record here and upload later"

@@ -1,0 +1,153 @@
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from mnist_wandb.config import RunConfig, load_config
+from mnist_wandb.device import (
+    Plan,
+    available_devices,
+    choose_plan,
+    deterministic_mode,
+    device_name,
+    resolve_device,
+)
+from mnist_wandb.errors import ConfigError
+
+needs_no_gpu = pytest.mark.skipif(len(available_devices()) > 1, reason="there is a GPU")
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+
+
+def config(*overrides: str) -> RunConfig:
+    return load_config("quickstart", overrides)
+
+
+# ── choosing ─────────────────────────────────────────────────────────────────────────────────
+
+
+@needs_no_gpu
+def test_auto_chooses_the_cpu_where_there_is_no_gpu() -> None:
+    assert resolve_device("auto") == (torch.device("cpu"), "auto: no GPU found")
+    assert available_devices() == ["cpu"]
+
+
+@needs_cuda
+def test_auto_chooses_the_first_gpu() -> None:
+    assert resolve_device("auto") == (torch.device("cuda:0"), "auto: the fastest device found")
+    assert resolve_device("cuda") == (torch.device("cuda:0"), "as configured")
+    assert choose_plan(config("device=cuda")).describe()["device_name"] != "cuda"
+
+
+def test_cpu_is_everywhere() -> None:
+    assert resolve_device("cpu") == (torch.device("cpu"), "as configured")
+    assert "cpu" in available_devices()
+    assert device_name(torch.device("cpu")) == "cpu"
+
+
+@pytest.mark.parametrize("name", ["cuda", "cuda:3", "mps", "cuda:99"])
+def test_device_that_is_not_there_is_an_error_that_lists_those_that_are(name: str) -> None:
+    if name in available_devices():
+        pytest.skip(f"{name} is there")
+    listed = ", ".join(["auto", *available_devices()])
+    with pytest.raises(ConfigError) as caught:
+        choose_plan(config(f"device={name}"))
+    assert str(caught.value) == f"device: {name} is not on this machine; available: {listed}"
+
+
+# ── the plan ─────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    ("precision", "chosen"), [("auto", "fp32"), ("fp32", "fp32"), ("bf16", "bf16")]
+)
+def test_cpu_computes_in_fp32_unless_bf16_is_asked_for(precision: str, chosen: str) -> None:
+    plan = choose_plan(config("device=cpu", f"training.precision={precision}"))
+    assert plan.precision == chosen
+
+
+@pytest.mark.parametrize(("value", "chosen"), [("auto", False), ("false", False), ("true", True)])
+def test_model_is_compiled_on_the_cpu_only_when_asked(value: str, chosen: bool) -> None:
+    assert choose_plan(config("device=cpu", f"training.compile={value}")).compile is chosen
+
+
+@pytest.mark.parametrize(
+    ("model", "channels_last"),
+    [("linear", False), ("mlp_small", False), ("cnn_small", True), ("resnet", True)],
+)
+def test_convolutions_lie_channels_last(model: str, channels_last: bool) -> None:
+    plan = choose_plan(config("device=cpu", f"model.name={model}"))
+    assert plan.channels_last is channels_last
+    format_name = "channels_last" if channels_last else "contiguous"
+    assert plan.describe()["memory_format"] == format_name
+
+
+def test_plan_describes_itself_in_plain_values() -> None:
+    plan = Plan(torch.device("cpu"), "as configured", "bf16", compile=True, channels_last=False)
+    assert plan.describe() == {
+        "device": "cpu",
+        "device_reason": "as configured",
+        "device_name": "cpu",
+        "precision": "bf16",
+        "compile": True,
+        "memory_format": "contiguous",
+        "num_threads": torch.get_num_threads(),
+    }
+
+
+# ── determinism ──────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture
+def switches(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Torch's global switches are put back, whatever the test does."""
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    before, benchmark = current_switches()
+    yield
+    torch.use_deterministic_algorithms(before)
+    torch.backends.cudnn.benchmark = benchmark
+
+
+def current_switches() -> tuple[bool, bool]:
+    return torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
+
+
+@pytest.mark.usefixtures("switches")
+@pytest.mark.parametrize("before", [(False, False), (True, False), (False, True)])
+@pytest.mark.parametrize("enabled", [True, False])
+def test_deterministic_mode_puts_the_global_switches_back(
+    enabled: bool, before: tuple[bool, bool]
+) -> None:
+    torch.use_deterministic_algorithms(before[0])
+    torch.backends.cudnn.benchmark = before[1]
+    with deterministic_mode(enabled):
+        assert current_switches() == (enabled, not enabled)
+    assert current_switches() == before
+    with pytest.raises(KeyError), deterministic_mode(enabled):
+        raise KeyError
+    assert current_switches() == before
+
+
+@pytest.mark.usefixtures("switches")
+def test_deterministic_mode_refuses_an_operation_without_a_deterministic_form() -> None:
+    def put() -> None:
+        torch.zeros(3).put_(torch.tensor([0, 0]), torch.tensor([1.0, 2.0]))
+
+    with deterministic_mode(True), pytest.raises(RuntimeError, match="deterministic"):
+        put()
+    with deterministic_mode(False):
+        put()
+
+
+@pytest.mark.usefixtures("switches")
+def test_deterministic_mode_keeps_the_users_cublas_workspace(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")
+    with deterministic_mode(True):
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":16:8"
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
+    with deterministic_mode(True):
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"

@@ -1,0 +1,199 @@
+"""Runs that are really stopped and killed, and continued to the numbers of undisturbed ones."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pexpect
+import pytest
+from conftest import Finished
+
+# Dropout, augmentation, momentum and EMA are on: all randomness and all state must come back.
+OVERRIDES = (
+    "model.name=mlp_dropout",
+    "data.augment.rotation_degrees=10",
+    "training.ema_decay=0.9",
+    "training.epochs=10",
+    "training.batch_size=8",
+    "tracking.log_every_steps=7",
+)
+STEPS = 10 * 144
+ENDLESS = (*OVERRIDES, "training.epochs=5000")
+
+
+def start(*arguments: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "mnist_wandb", "run", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def wait_for_step(step: int, timeout: float = 60) -> Path:
+    """The run folder, once its metrics have reached a step."""
+    end = time.monotonic() + timeout
+    while time.monotonic() < end:
+        for path in Path("runs").glob("*/metrics.jsonl"):
+            lines = path.read_text().splitlines()
+            if len(lines) > 1 and json.loads(lines[-2])["step"] >= step:
+                return path.parent
+        time.sleep(0.02)
+    raise AssertionError(f"no run reached step {step}")
+
+
+def values_of(run: Path) -> list[dict[str, Any]]:
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if k != "train/images_per_second"} for row in rows]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """The metrics of the run that nothing has happened to."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    subprocess.run(
+        [sys.executable, "-m", "mnist_wandb", "run", "-q", *OVERRIDES, "tracking.mode=disabled"],
+        cwd=folder,
+        check=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL,
+    )
+    (run,) = (folder / "runs").iterdir()
+    return values_of(run)
+
+
+@pytest.mark.parametrize(
+    ("number", "mode"),
+    [
+        (signal.SIGTERM, "offline"),
+        (signal.SIGINT, "disabled"),
+        (signal.SIGKILL, "disabled"),
+        (signal.SIGKILL, "offline"),
+    ],
+)
+def test_a_stopped_run_continues_to_the_very_same_numbers(
+    undisturbed: list[dict[str, Any]], program: Callable[..., Finished], number: int, mode: str
+) -> None:
+    process = start(*OVERRIDES, f"tracking.mode={mode}")
+    run = wait_for_step(400)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    if number == signal.SIGKILL:
+        assert process.returncode == -signal.SIGKILL
+        assert not (run / "summary.json").exists()
+    else:
+        assert process.returncode == 128 + number
+        summary = json.loads((run / "summary.json").read_text())
+        assert summary["status"] == "interrupted"
+        assert 400 <= summary["steps"] < STEPS
+        assert "stopping after this step, saving a checkpoint" in err
+        assert f"mnist-wandb run --resume {run}" in out
+    done = program("run", "--json", "--resume", run.name)
+    assert done.code == 0, done.err
+    summary = json.loads(done.out)
+    assert summary["status"] == "finished"
+    assert summary["steps"] == STEPS
+    assert summary["run_dir"] == str(run)
+    assert values_of(run) == undisturbed
+    again = program("run", "--resume", run.name)
+    assert again.code == 2
+    assert "this run is finished; nothing is left to resume" in again.err
+
+
+def test_a_second_ctrl_c_stops_at_once() -> None:
+    child = pexpect.spawn(
+        sys.executable,
+        ["-m", "mnist_wandb", "run", *ENDLESS, "tracking.mode=offline"],
+        timeout=60,
+        encoding="utf-8",
+    )
+    run = wait_for_step(100)
+    os.kill(child.pid, signal.SIGSTOP)  # both arrive while the program cannot react in between
+    os.kill(child.pid, signal.SIGINT)
+    os.kill(child.pid, signal.SIGCONT)
+    child.expect("Ctrl-C again stops at once")
+    child.sendintr()
+    child.expect(pexpect.EOF)
+    child.close()
+    assert child.exitstatus == 130
+    assert (run / "checkpoints" / "last.pt").exists()
+
+
+def test_ctrl_c_in_a_terminal_saves_and_says_how_to_go_on() -> None:
+    child = pexpect.spawn(
+        sys.executable,
+        ["-m", "mnist_wandb", "run", *ENDLESS, "tracking.mode=offline"],
+        timeout=60,
+        encoding="utf-8",
+        dimensions=(40, 200),
+    )
+    run = wait_for_step(100)
+    child.sendintr()  # to the whole process group, the W&B service included
+    child.expect("stopping after this step, saving a checkpoint; Ctrl-C again stops at once")
+    child.expect(f"go on +mnist-wandb run --resume {run}")
+    child.expect(pexpect.EOF)
+    child.close()
+    assert child.exitstatus == 130
+    assert json.loads((run / "summary.json").read_text())["status"] == "interrupted"
+
+
+def test_a_run_in_use_is_not_resumed_by_a_second_process(
+    program: Callable[..., Finished],
+) -> None:
+    process = start(*ENDLESS, "tracking.mode=disabled")
+    try:
+        run = wait_for_step(100)
+        done = program("run", "--resume", run.name)
+        assert done.code == 2
+        assert "another process is working on this run" in done.err
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_a_run_killed_before_its_first_checkpoint_says_how_to_start_again(
+    program: Callable[..., Finished],
+) -> None:
+    process = start(*ENDLESS, "tracking.mode=disabled", "training.batch_size=1")
+    run = wait_for_step(7)
+    process.kill()
+    process.communicate()
+    if (run / "checkpoints" / "last.pt").exists():
+        pytest.fail("the first epoch ended before the kill")
+    done = program("run", "--resume", run.name)
+    assert done.code == 2
+    assert f"start it again with `mnist-wandb run --config {run}/config.yaml`" in done.err
+
+
+def test_a_diverged_run_exits_1_and_keeps_the_last_good_checkpoint(
+    program: Callable[..., Finished],
+) -> None:
+    done = program(
+        "run", "model.name=mlp_128", "optimizer={'name': 'sgd', 'lr': 1000}", "training.epochs=3",
+        "training.batch_size=256", "tracking.mode=offline", "tracking.log_every_steps=1",
+    )  # fmt: skip
+    assert done.code == 1
+    line = done.err.splitlines()[-1]
+    assert line.startswith("error: training diverged at step ")
+    assert "last finite loss" in line
+    (run,) = Path("runs").iterdir()
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["status"] == "diverged"
+    assert "training diverged" in summary["error"]
+    record = subprocess.run(
+        ["wandb", "leet", "inspect", "--json", summary["wandb"]["dir"]],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    assert '"type":"alert"' in record
+    assert '"title":"digits-mlp_128 diverged"' in record
