@@ -19,15 +19,17 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from mnist_wandb.config import preset_names
+from mnist_wandb.loading import preset_names
 
 
 def run_preset(preset: str, seed: int) -> dict[str, Any]:
     """One run in a process of its own; returns its summary and the load before it."""
     load = os.getloadavg()[0]
     done = subprocess.run(
-        [sys.executable, "-m", "mnist_wandb", "run", "--config", preset, f"seed={seed}"]
-        + ["--json", "--quiet", "tracking.mode=offline"],
+        [
+            *(sys.executable, "-m", "mnist_wandb", "run", "--config", preset, f"seed={seed}"),
+            *("--json", "--quiet", "tracking.mode=offline"),
+        ],
         stdout=subprocess.PIPE,
         text=True,
         check=True,
@@ -46,7 +48,9 @@ def read_results(path: Path) -> list[dict[str, Any]]:
 
 def print_table(results: list[dict[str, Any]], presets: list[str]) -> None:
     """One row a preset: mean and standard deviation over seeds; seconds of the fastest run."""
-    print("| preset | test accuracy | val accuracy | seeds | parameters | epochs | seconds | load |")
+    print(
+        "| preset | test accuracy | val accuracy | seeds | parameters | epochs | seconds | load |"
+    )
     print("|---|---|---|---|---|---|---|---|")
     for preset in presets:
         runs = [run for run in results if run["preset"] == preset]

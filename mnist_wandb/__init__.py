@@ -23,7 +23,7 @@ _HOMES = {
     "build_model": "models",
     "evaluate": "evaluate",
     "load_checkpoint": "checkpoint",
-    "load_config": "config",
+    "load_config": "loading",
     "load_dataset": "data",
     "load_settings": "settings",
     "run_experiment": "experiment",
@@ -50,11 +50,12 @@ __all__ = [
 
 if TYPE_CHECKING:
     from mnist_wandb.checkpoint import Checkpoint, load_checkpoint
-    from mnist_wandb.config import RunConfig, load_config
+    from mnist_wandb.config import RunConfig
     from mnist_wandb.data import Preprocessing, load_dataset
     from mnist_wandb.errors import ConfigError, MnistWandbError
     from mnist_wandb.evaluate import evaluate
     from mnist_wandb.experiment import run_experiment
+    from mnist_wandb.loading import load_config
     from mnist_wandb.metrics import EvalResult
     from mnist_wandb.models import build_model
     from mnist_wandb.runs import RunFolder

@@ -96,8 +96,8 @@ def _erase(images: Tensor, fraction: float) -> Tensor:
     """
     count, _, height, width = images.shape
     ratio = torch.exp(_uniform(count, math.log(1 / 0.3), images))
-    tall = (fraction * height * width * ratio).sqrt().clamp(max=height)
-    wide = (fraction * height * width / tall).clamp(max=width)
+    tall = (fraction * height * width * ratio).sqrt().clamp(fraction * height, height)
+    wide = fraction * height * width / tall
     top = torch.rand(count, device=images.device) * (height - tall)
     left = torch.rand(count, device=images.device) * (width - wide)
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pickle
 import zipfile
+import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,9 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mnist_wandb.config import RunConfig, validate
+from mnist_wandb.config import RunConfig
 from mnist_wandb.data import Preprocessing, Splits
 from mnist_wandb.errors import CheckpointError, ConfigError, RunError
+from mnist_wandb.loading import validate
 from mnist_wandb.models import build_model
 
 FORMAT = "mnist-wandb checkpoint"
@@ -59,7 +62,7 @@ class Checkpoint:
             model = build_model(self.config.model, self.image_shape, len(self.class_names))
         try:
             model.load_state_dict(self.weights, assign=True)
-        except RuntimeError as error:
+        except (RuntimeError, TypeError) as error:
             raise CheckpointError(
                 f"the weights do not belong to the model {self.config.model.name!r}:"
                 f" {' '.join(str(error).split())[:200]}"
@@ -105,7 +108,8 @@ def save_checkpoint(checkpoint: Checkpoint, path: Path) -> None:
             os.fsync(file.fileno())
         temporary.replace(path)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
         reason = error.strerror if isinstance(error, OSError) else str(error).splitlines()[0]
         raise RunError(f"{path}: cannot be written: {reason}") from None
 
@@ -153,9 +157,22 @@ def _read(path: Path) -> Any:
                 f"{path}: not a checkpoint, or truncated; expected best.pt or last.pt of a run"
                 " folder"
             )
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()  # torch itself does not look at the checksums
+        if damaged is not None:
+            raise CheckpointError(f"{path}: damaged ({damaged} has a wrong checksum)")
         return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such file") from None
-    except (OSError, RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError) as error:
+    except (
+        OSError,
+        RuntimeError,
+        pickle.UnpicklingError,
+        EOFError,
+        ValueError,
+        LookupError,
+        zipfile.BadZipFile,
+        zlib.error,
+    ) as error:
         reason = " ".join(str(error).split())[:150]
         raise CheckpointError(f"{path}: not a readable checkpoint: {reason}") from None

@@ -16,18 +16,18 @@ import click
 import typer
 
 from mnist_wandb import __version__
-from mnist_wandb.config import (
+from mnist_wandb.config import RunConfig
+from mnist_wandb.errors import ConfigError, DivergedError, MnistWandbError
+from mnist_wandb.loading import (
     PRESETS_DIR,
-    VARIANTS,
     ResolvedConfig,
-    RunConfig,
     json_schema,
     override_config,
     preset_names,
     resolve_config,
+    settings_table,
     to_yaml,
 )
-from mnist_wandb.errors import ConfigError, DivergedError, MnistWandbError
 from mnist_wandb.settings import Settings, choose_wandb_mode, load_settings
 
 if TYPE_CHECKING:
@@ -53,18 +53,9 @@ def _complete_preset(incomplete: str) -> list[str]:
 
 def _settings_help() -> str:
     """All settings with their documentation, as an epilog that click leaves alone."""
-    lines = ["\b", "Settings (section.field=value; `mnist-wandb show` lists the values):"]
-
-    def write(fields: Any, prefix: str) -> None:
-        for key, info in fields.items():
-            lines.append(f"  {prefix}{key}: {info.description}")
-
-    for key, info in RunConfig.model_fields.items():
-        if key in VARIANTS:
-            lines.append(f"  {key}.name: {' | '.join(VARIANTS[key])}")
-            continue
-        lines.append(f"  {key}: {info.description}")
-        write(getattr(info.annotation, "model_fields", {}), f"{key}.")
+    lines = ["\b", "Settings (section.field=value), defaults in brackets:"]
+    for name, default, description in settings_table():
+        lines.append(f"  {name} [{default if len(default) < 24 else '…'}]: {description}")
     return "\n".join(lines)
 
 
@@ -273,8 +264,6 @@ def evaluate(
     as_json: JsonOption = False,
 ) -> int:
     """Score a trained model: RUN|CHECKPOINT [section.field=value ...]."""
-    if split not in ("val", "test"):
-        raise ConfigError(f"--split: got {split!r}, allowed: val, test")
     settings = load_settings()
     path = _find_checkpoint(model, settings)
     from mnist_wandb.evaluate import evaluate_checkpoint

@@ -1,19 +1,15 @@
 """Every setting of a run: default, bounds, unit and one line of documentation.
 
-`load_config` puts the layers (preset or file, sweep parameters, command line) together and
-validates the result completely; nothing here imports torch or touches a run folder.
+`loading.load_config` makes a `RunConfig` from files and overrides; nothing here imports torch.
 """
 
 from __future__ import annotations
 
-import difflib
-import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import (
     BaseModel,
     BeforeValidator,
@@ -22,20 +18,9 @@ from pydantic import (
     Field,
     PlainSerializer,
     Tag,
-    ValidationError,
     WithJsonSchema,
+    field_serializer,
     model_validator,
-)
-
-from mnist_wandb.errors import ConfigError
-from mnist_wandb.layers import (
-    KeyPath,
-    Layer,
-    describe_value,
-    merge_into,
-    parse_overrides,
-    read_sweep_parameters,
-    read_yaml,
 )
 
 PRESETS_DIR = Path(__file__).parent / "configs"
@@ -208,12 +193,15 @@ class MlpConfig(_ModelSection):
             {
                 "anyOf": [
                     {"type": "number", "minimum": 0, "exclusiveMaximum": 1},
-                    {"type": "array", "items": {"type": "number"}},
+                    {
+                        "type": "array",
+                        "items": {"type": "number", "minimum": 0, "exclusiveMaximum": 1},
+                    },
                 ]
             }
         ),
     ] = Field(
-        (),
+        (0.0,),
         strict=False,
         description="Dropout after each hidden layer: one number, or one per layer.",
     )
@@ -233,6 +221,11 @@ class MlpConfig(_ModelSection):
             layers = len(sizes) if isinstance(sizes, list | tuple) else 1
             values["dropout"] = [dropout] * layers
         return values
+
+    @field_serializer("dropout")
+    def _join_dropout(self, values: tuple[float, ...]) -> float | list[float]:
+        """One number where all are equal, so that other hidden_sizes still fit it."""
+        return values[0] if len(set(values)) == 1 else list(values)
 
     @model_validator(mode="after")
     def _check_dropout(self) -> MlpConfig:
@@ -340,7 +333,7 @@ class _OptimizerSection(Section):
 class SgdConfig(_OptimizerSection):
     """Stochastic gradient descent."""
 
-    name: Literal["sgd"] = "sgd"
+    name: Literal["sgd"] = Field("sgd", description="Optimizer.")
     momentum: float = Field(0.9, ge=0, lt=1, description="Momentum; 0 is plain SGD.")
     nesterov: bool = Field(True, description="Nesterov momentum.")
 
@@ -354,7 +347,7 @@ class SgdConfig(_OptimizerSection):
 class RmspropConfig(_OptimizerSection):
     """RMSprop (Hinton 2012)."""
 
-    name: Literal["rmsprop"] = "rmsprop"
+    name: Literal["rmsprop"] = Field("rmsprop", description="Optimizer.")
     alpha: float = Field(0.99, gt=0, lt=1, description="Decay of the squared-gradient mean.")
     momentum: float = Field(0.0, ge=0, lt=1, description="Momentum.")
     eps: float = Field(1e-8, gt=0, le=1, description="Added to the denominator.")
@@ -363,7 +356,7 @@ class RmspropConfig(_OptimizerSection):
 class AdagradConfig(_OptimizerSection):
     """Adagrad (Duchi et al. 2011)."""
 
-    name: Literal["adagrad"] = "adagrad"
+    name: Literal["adagrad"] = Field("adagrad", description="Optimizer.")
     eps: float = Field(1e-10, gt=0, le=1, description="Added to the denominator.")
 
 
@@ -377,32 +370,32 @@ class _AdamFamily(_OptimizerSection):
 class AdamConfig(_AdamFamily):
     """Adam (Kingma & Ba 2015)."""
 
-    name: Literal["adam"] = "adam"
+    name: Literal["adam"] = Field("adam", description="Optimizer.")
 
 
 class AdamwConfig(_AdamFamily):
     """AdamW: Adam with decoupled weight decay (Loshchilov & Hutter 2019)."""
 
-    name: Literal["adamw"] = "adamw"
+    name: Literal["adamw"] = Field("adamw", description="Optimizer.")
     weight_decay: float = Field(0.01, ge=0, le=10, description="Decoupled weight decay.")
 
 
 class NadamConfig(_AdamFamily):
     """NAdam: Adam with Nesterov momentum (Dozat 2016)."""
 
-    name: Literal["nadam"] = "nadam"
+    name: Literal["nadam"] = Field("nadam", description="Optimizer.")
 
 
 class ConstantConfig(Section):
     """The same learning rate throughout."""
 
-    name: Literal["constant"] = "constant"
+    name: Literal["constant"] = Field("constant", description="Form of the curve.")
 
 
 class StepConfig(Section):
     """The learning rate falls by `gamma` every so many epochs."""
 
-    name: Literal["step"] = "step"
+    name: Literal["step"] = Field("step", description="Form of the curve.")
     every_epochs: int = Field(2, ge=1, le=100_000, description="Epochs between two falls.")
     gamma: float = Field(0.75, gt=0, le=1, description="Factor of each fall.")
 
@@ -410,7 +403,7 @@ class StepConfig(Section):
 class CosineConfig(Section):
     """Linear warm-up, then half a cosine (Loshchilov & Hutter 2017, without restarts)."""
 
-    name: Literal["cosine"] = "cosine"
+    name: Literal["cosine"] = Field("cosine", description="Form of the curve.")
     warmup_fraction: float = Field(0.0, ge=0, lt=1, description="Share of the steps to warm up.")
     final_fraction: Fraction = Field(0.0, description="Last learning rate, as a share of lr.")
 
@@ -418,8 +411,8 @@ class CosineConfig(Section):
 class OneCycleConfig(Section):
     """Up to lr, then down to almost nothing (Smith & Topin 2018)."""
 
-    name: Literal["one_cycle"] = "one_cycle"
-    warmup_fraction: float = Field(0.3, gt=0, lt=1, description="Share of the steps going up.")
+    name: Literal["one_cycle"] = Field("one_cycle", description="Form of the curve.")
+    warmup_fraction: float = Field(0.3, ge=0, lt=1, description="Share of the steps going up.")
     start_fraction: Fraction = Field(0.04, description="First learning rate, as a share of lr.")
     final_fraction: Fraction = Field(4e-6, description="Last learning rate, as a share of lr.")
     anneal: Literal["cosine", "linear"] = Field("cosine", description="Form of both slopes.")
@@ -510,7 +503,8 @@ class TrackingConfig(Section):
     alerts: bool = Field(True, description="Alert when a run has finished or diverged.")
 
 
-def _tag_of(value: Any) -> str:
+def tag_of(value: Any) -> str:
+    """The variant that a section's values are of: its name, or the family of a zoo name."""
     name = value.get("name") if isinstance(value, Mapping) else getattr(value, "name", None)
     if isinstance(name, str) and name in ZOO:
         return ZOO[name].family
@@ -522,7 +516,7 @@ ModelConfig = Annotated[
     | Annotated[MlpConfig, Tag("mlp")]
     | Annotated[CnnConfig, Tag("cnn")]
     | Annotated[ResnetConfig, Tag("resnet")],
-    Discriminator(_tag_of),
+    Discriminator(tag_of),
 ]
 OptimizerConfig = Annotated[
     SgdConfig | RmspropConfig | AdagradConfig | AdamConfig | AdamwConfig | NadamConfig,
@@ -556,7 +550,7 @@ class RunConfig(Section):
     device: str = Field(
         "auto",
         pattern=r"^(auto|cpu|cuda|cuda:[0-9]{1,3}|mps)$",
-        description="auto | cpu | cuda | cuda:N | mps.",
+        description="One of auto, cpu, cuda, cuda:N, mps.",
     )
     data: DataConfig = Field(default_factory=DataConfig, description=str(DataConfig.__doc__))
     model: ModelConfig = Field(
@@ -577,362 +571,3 @@ class RunConfig(Section):
     def run_name(self) -> str:
         """The given name, or one made from data set and model."""
         return self.name or f"{self.data.dataset}-{self.model.name}"
-
-
-# ── loading ──────────────────────────────────────────────────────────────────────────────────
-
-
-@dataclass(frozen=True)
-class ResolvedConfig:
-    """A validated configuration and where each of its values comes from.
-
-    Attributes:
-        config: the configuration.
-        preset: name of the preset, or path of the file, that it started from.
-        origins: label of the deciding layer, by dotted path ("default" where none spoke).
-    """
-
-    config: RunConfig
-    preset: str
-    origins: Mapping[str, str]
-
-
-def preset_names() -> list[str]:
-    """Names of the shipped presets, sorted."""
-    return sorted(path.stem for path in PRESETS_DIR.glob("*.yaml"))
-
-
-def find_config(source: str) -> Path:
-    """Find a file of one's own, else a shipped preset by name (with or without `.yaml`).
-
-    Raises:
-        ConfigError: neither exists; names the nearest presets.
-    """
-    path = Path(source).expanduser()
-    try:
-        if path.is_file():
-            return path
-        is_directory = path.is_dir()
-    except (OSError, ValueError):
-        is_directory = False
-    if is_directory and path.name != source:
-        raise ConfigError(f"--config {source}: is a folder, expected a YAML file")
-    names = preset_names()
-    name = source.removesuffix(".yaml")
-    if name in names:
-        return PRESETS_DIR / f"{name}.yaml"
-    if "/" in source or "\\" in source:
-        raise ConfigError(f"--config {source}: no such file")
-    raise ConfigError(
-        f"--config {source}: no such preset or file{_suggest(name, names, 3)};"
-        " `mnist-wandb configs` lists the presets"
-    )
-
-
-def load_config(
-    source: str | None = None,
-    overrides: Sequence[str] = (),
-    *,
-    sweep_parameters: Path | None = None,
-) -> RunConfig:
-    """Resolve and validate a configuration.
-
-    Args:
-        source: preset name or YAML file; default: the preset `quickstart`.
-        overrides: `section.field=value` texts, see `layers.parse_overrides`.
-        sweep_parameters: file written by `wandb agent`; lies between `source` and `overrides`.
-
-    Returns:
-        The complete configuration; `load_config` of its dump gives an equal one.
-
-    Raises:
-        ConfigError: with one line for each problem.
-    """
-    return resolve_config(source, overrides, sweep_parameters=sweep_parameters).config
-
-
-def resolve_config(
-    source: str | None = None,
-    overrides: Sequence[str] = (),
-    *,
-    sweep_parameters: Path | None = None,
-) -> ResolvedConfig:
-    """Like `load_config`, and say where each value comes from."""
-    command_line = parse_overrides(overrides)
-    later = [read_sweep_parameters(sweep_parameters)] if sweep_parameters else []
-    for layer in (*later, command_line):  # a sweep may vary the preset itself
-        chosen = layer.values.pop("config", None)
-        if chosen is not None and not isinstance(chosen, str):
-            raise ConfigError(f"{layer.label}: config: expected a preset name")
-        source = chosen or source
-    path = find_config(source or DEFAULT_PRESET)
-    is_preset = path.parent == PRESETS_DIR
-    preset = path.stem if is_preset else str(path)
-    layers = [read_yaml(path, path.name if is_preset else str(path)), *later, command_line]
-    merged, owners = _merge_layers(layers)
-    config = validate(merged, owners)
-    return ResolvedConfig(config, preset, _origins(config, owners))
-
-
-def override_config(config: RunConfig, overrides: Sequence[str]) -> RunConfig:
-    """A configuration with some values replaced; see `layers.parse_overrides`.
-
-    Raises:
-        ConfigError: with one line for each problem.
-    """
-    layers = [Layer("checkpoint", config.model_dump(mode="json")), parse_overrides(overrides)]
-    return validate(*_merge_layers(layers))
-
-
-def validate(values: Mapping[str, Any], owners: Mapping[KeyPath, Layer] | None = None) -> RunConfig:
-    """Validate a nested mapping.
-
-    Raises:
-        ConfigError: with one line for each problem, naming the layer that said it.
-    """
-    try:
-        return RunConfig.model_validate(values)
-    except ValidationError as error:
-        lines = [_explain(details, values, owners or {}) for details in error.errors()]
-        raise ConfigError("\n".join(line for line in dict.fromkeys(lines) if line)) from None
-    except (RecursionError, ValueError) as error:
-        raise ConfigError(f"cannot be read: {error}") from None
-
-
-def _merge_layers(layers: Iterable[Layer]) -> tuple[dict[str, Any], dict[KeyPath, Layer]]:
-    """Merge deeply, later wins; a new variant drops what does not fit it (DESIGN, section 3)."""
-    merged: dict[str, Any] = {s: {"name": _default_name(s)} for s in VARIANTS}
-    owners: dict[KeyPath, Layer] = {}
-    for layer in layers:
-        for section in VARIANTS:
-            said = layer.values.get(section)
-            if isinstance(said, Mapping) and isinstance(said.get("name"), str):
-                _drop_misfits(section, said["name"], merged, owners)
-        for path in list(owners):  # a section replaced by a scalar or null: nothing below is left
-            if any(
-                not isinstance(_get(layer.values, path[:i]), Mapping) for i in range(1, len(path))
-            ):
-                del owners[path]
-        merge_into(merged, layer.values)
-        for path in _leaves(layer.values):
-            owners[path] = layer
-    return merged, owners
-
-
-def _default_name(section: str) -> str:
-    return str(RunConfig().model_dump()[section]["name"])
-
-
-def _drop_misfits(
-    section: str, name: str, merged: dict[str, Any], owners: dict[KeyPath, Layer]
-) -> None:
-    earlier = merged.get(section)
-    if not isinstance(earlier, dict) or earlier.get("name") == name:
-        return
-    variant = VARIANTS[section].get(name)
-    for key in list(earlier):
-        if section == "model" or (variant is not None and key not in variant.model_fields):
-            del earlier[key]
-            for path in [p for p in owners if p[:2] == (section, key)]:
-                del owners[path]
-
-
-def _get(values: Any, path: KeyPath) -> Any:
-    """The value under a path; an empty mapping where nothing is said."""
-    for part in path:
-        if not isinstance(values, Mapping):
-            return values
-        if part not in values:
-            return {}
-        values = values[part]
-    return values
-
-
-def _leaves(values: Mapping[str, Any], path: KeyPath = ()) -> Iterable[KeyPath]:
-    for key, value in values.items():
-        if isinstance(value, Mapping) and value:
-            yield from _leaves(value, (*path, key))
-        else:
-            yield (*path, key)
-
-
-def _origins(config: RunConfig, owners: Mapping[KeyPath, Layer]) -> dict[str, str]:
-    origins = {}
-    for path in _leaves(config.model_dump(mode="json")):
-        owner = next(
-            (owners[path[:i]] for i in range(len(path), 0, -1) if path[:i] in owners), None
-        )
-        origin = owner.label if owner else "default"
-        zoo_row = ZOO.get(config.model.name)
-        if owner is None and path[0] == "model" and zoo_row and path[1] in zoo_row.fields:
-            origin = f"zoo {config.model.name}"
-        origins[".".join(map(str, path))] = origin
-    return origins
-
-
-def to_yaml(config: RunConfig, origins: Mapping[str, str] | None = None) -> str:
-    """Write a configuration as YAML that `load_config` reads back as an equal one.
-
-    Args:
-        config: the configuration.
-        origins: where given, a comment behind each value says where it comes from.
-    """
-    lines: list[tuple[str, str]] = []
-
-    def write(values: Mapping[str, Any], path: tuple[str, ...]) -> None:
-        for key, value in values.items():
-            below = (*path, key)
-            indent = "  " * len(path)
-            if isinstance(value, Mapping):
-                lines.append((f"{indent}{key}:", ""))
-                write(value, below)
-            else:
-                text = yaml.safe_dump(value, default_flow_style=True, sort_keys=False, width=10**6)
-                text = text.removesuffix("\n").removesuffix("\n...").strip()
-                lines.append((f"{indent}{key}: {text}", (origins or {}).get(".".join(below), "")))
-
-    write(config.model_dump(mode="json"), ())
-    width = min(60, max(len(text) for text, _ in lines))
-    return "".join(f"{text:<{width}}  # {why}\n" if why else f"{text}\n" for text, why in lines)
-
-
-def json_schema() -> dict[str, Any]:
-    """JSON Schema of a config file, for editors (completion, documentation, checks)."""
-    schema = RunConfig.model_json_schema()
-    schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
-    schema["title"] = "mnist-wandb run configuration"
-    return schema
-
-
-# ── messages ─────────────────────────────────────────────────────────────────────────────────
-
-
-def _suggest(word: str, known: Iterable[str], n: int = 1) -> str:
-    near = difflib.get_close_matches(word, list(known), n=n, cutoff=0.5)
-    return f"; did you mean {' or '.join(repr(match) for match in near)}?" if near else ""
-
-
-def _explain(details: Any, values: Mapping[str, Any], owners: Mapping[KeyPath, Layer]) -> str:
-    """One line for one pydantic error: where, what was found, what is allowed."""
-    path: KeyPath = tuple(details["loc"])
-    if len(path) > 1 and path[0] in VARIANTS and path[1] in VARIANTS[str(path[0])]:
-        path = (path[0], *path[2:])  # pydantic names the variant in between
-    kind, context = details["type"], details.get("ctx", {})
-    dotted = ".".join(map(str, path)) or "configuration"
-    where = _where(path, owners)
-    got = details["input"]
-    if kind == "extra_forbidden":
-        return f"{where}{dotted}: {_explain_unknown(path, values)}"
-    if kind in ("union_tag_invalid", "union_tag_not_found"):
-        names = _variant_names(str(path[0]))
-        if not isinstance(got, Mapping):
-            return f"{where}{dotted}: got {describe_value(got)}, {_section_hint(dotted)}"
-        found = got.get("name")
-        hint = _suggest(found, names) if isinstance(found, str) else ""
-        where = _where((*path, "name"), owners)
-        return (
-            f"{where}{dotted}.name: got {describe_value(found)}, allowed: {', '.join(names)}{hint}"
-        )
-    if kind == "value_error":
-        found = "" if isinstance(got, Mapping | BaseModel) else f"got {describe_value(got)}, "
-        return f"{where}{dotted}: {found}{context['error']}"
-    if kind == "missing":
-        return f"{where}{dotted}: is missing"
-    if kind == "literal_error" and isinstance(got, str):
-        options = [w.strip("'") for w in context["expected"].replace(" or ", ", ").split(", ")]
-        return (
-            f"{where}{dotted}: got {describe_value(got)}, allowed: {', '.join(options)}"
-            f"{_suggest(got, options)}"
-        )
-    if path[0] in VARIANTS and len(path) == 1 and not isinstance(got, Mapping):
-        kind = "variant_type"
-    if kind == "too_short" and got:  # its items are wrong, and have a line each
-        return ""
-    message = details["msg"].replace("Input should be ", "expected ")
-    message = {
-        "variant_type": _section_hint(dotted),
-        "too_short": "expected at least one item",
-        "model_type": "expected a section (key: value)",
-        "model_attributes_type": "expected a section (key: value)",
-        "dict_type": "expected a section (key: value)",
-        "finite_number": "expected a finite number",
-        "int_type": "expected a whole number",
-        "float_type": "expected a number",
-        "bool_type": "expected true or false",
-        "string_type": "expected text (put it in quotes)",
-        "tuple_type": "expected a list like [a, b]",
-        "string_pattern_mismatch": f"allowed: {_pattern_hint(path, context)}",
-    }.get(kind, message[0].lower() + message[1:])
-    return f"{where}{dotted}: got {describe_value(got)}, {message}"
-
-
-def _section_hint(section: str) -> str:
-    return f"expected a section; write {section}.name=…"
-
-
-def _pattern_hint(path: KeyPath, context: Mapping[str, Any]) -> str:
-    if path == ("device",):
-        return "auto, cpu, cuda, cuda:N, mps"
-    return "text without control characters" + (" or / \\ # ? % :" if path[0] == "tracking" else "")
-
-
-def _where(path: KeyPath, owners: Mapping[KeyPath, Layer]) -> str:
-    for end in range(len(path), 0, -1):
-        for owned, layer in reversed(list(owners.items())):
-            if owned[:end] == path[:end]:
-                return f"{layer.where(path)}: "
-    return ""
-
-
-def _variant_names(section: str) -> list[str]:
-    names = list(VARIANTS[section])
-    return [*ZOO, *(n for n in names if n not in ZOO)] if section == "model" else names
-
-
-def _explain_unknown(path: KeyPath, values: Mapping[str, Any]) -> str:
-    section, key = (str(path[0]) if len(path) > 1 else ""), str(path[-1])
-    schema: Any = RunConfig
-    if section in VARIANTS and len(path) == 2:
-        name = _get(values, (section, "name"))
-        row = ZOO.get(name) if section == "model" else None
-        known = list(VARIANTS[section][row.family if row else name].model_fields)
-        owners = [n for n, cls in VARIANTS[section].items() if key in cls.model_fields]
-        if owners:
-            return (
-                f"{section} {name!r} has no such field (it belongs to {', '.join(owners)});"
-                f" {name} has: {', '.join(known)}"
-            )
-    else:
-        for part in path[:-1]:
-            if isinstance(part, int):
-                continue
-            schema = _section_class(schema, str(part), values)
-        known = list(schema.model_fields) if schema else []
-    hint = _suggest(key, known)
-    if not hint and len(path) == 1:
-        homes = [
-            f"{name}.{key}"
-            for name in RunConfig.model_fields
-            for cls in VARIANTS.get(name, {"": _section_class(RunConfig, name, values)}).values()
-            if cls is not None and key in cls.model_fields
-        ]
-        hint = f"; did you mean {homes[0]!r}?" if homes else ""
-    return f"unknown key{hint}; known: {', '.join(known)}"
-
-
-def _section_class(owner: type[BaseModel] | None, key: str, values: Any) -> type[BaseModel] | None:
-    """The class behind a nested field, looking through `| None` and lists."""
-    if owner is None or key not in owner.model_fields:
-        return None
-    if owner is RunConfig and key in VARIANTS:
-        tag = _tag_of(_get(values, (key,)) or {})
-        return VARIANTS[key].get(tag)
-    text = json.dumps(owner.model_json_schema()["properties"][key])
-    for cls in (*_all_sections(Section),):
-        if f'"#/$defs/{cls.__name__}"' in text:
-            return cls
-    return None
-
-
-def _all_sections(root: type[Section]) -> list[type[Section]]:
-    return [c for sub in root.__subclasses__() for c in (sub, *_all_sections(sub))]

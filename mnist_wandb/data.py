@@ -8,12 +8,14 @@ from __future__ import annotations
 import contextlib
 import gzip
 import hashlib
+import http.client
 import io
 import logging
 import math
 import shutil
 import socket
 import tempfile
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -148,7 +150,7 @@ class Preprocessing:
 
     def __call__(self, images: Tensor) -> Tensor:
         """Map uint8 or float (N, 1, H, W) in [0, 255] to float32 (N, 1, H, W)."""
-        return images.float().mul_(self.scale).add_(self.shift)
+        return (images.float() * self.scale).add_(self.shift)
 
 
 def load_dataset(
@@ -184,6 +186,11 @@ def load_dataset(
     def make(name: str, split: str, chosen: Array) -> Split:
         images = source.train_images if split == "train" else source.test_images
         labels = source.train_labels if split == "train" else source.test_labels
+        absent = num_classes - len(np.unique(labels))
+        if absent:
+            raise DatasetError(
+                f"{config.dataset}: {absent} classes have no images in the {split} files"
+            )
         missing = num_classes - len(np.unique(labels[chosen]))
         if missing:
             raise ConfigError(
@@ -402,7 +409,7 @@ def read_idx(path: Path) -> Array:
             content = np.frombuffer(bytearray(gzip.decompress(path.read_bytes())), np.uint8)
         else:
             content = np.fromfile(path, np.uint8)
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise DatasetError(f"{path}: cannot be read: {error}") from None
     magic = content[:4].tobytes()
     dtypes: dict[int, np.dtype[Any]] = {8: np.dtype(np.uint8), 12: np.dtype(">i4")}
@@ -432,20 +439,26 @@ def _download(row: DatasetRow, data_dir: Path) -> None:
     """
     name = row.torchvision_name
     final = data_dir / name / "raw"
+    missing = [folder for folder in (final, *final.parents) if not folder.exists()]
+    lock_path = data_dir / f".{name}.lock"
     try:
-        final.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(data_dir / f".{name}.lock")
-        with lock, tempfile.TemporaryDirectory(prefix=f".{name}-", dir=data_dir) as temporary:
+        data_dir.mkdir(parents=True, exist_ok=True)
+        with (
+            FileLock(lock_path),
+            tempfile.TemporaryDirectory(prefix=f".{name}-", dir=data_dir) as temporary,
+        ):
             if is_present(row, data_dir):
                 return
             log.info("downloading %s to %s", name, final)
             _fetch_with_torchvision(name, Path(temporary))
+            final.mkdir(parents=True, exist_ok=True)
             for file in row.files:
                 shutil.move(Path(temporary) / name / "raw" / file, final / file)
-    except (OSError, RuntimeError) as error:
-        with contextlib.suppress(OSError):  # leave no empty folders behind
-            (data_dir / f".{name}.lock").unlink(missing_ok=True)
-            for folder in (final, final.parent, data_dir):
+    except (OSError, RuntimeError, http.client.HTTPException) as error:
+        with contextlib.suppress(OSError):
+            lock_path.unlink(missing_ok=True)
+        for folder in missing:  # leave no new folders behind
+            with contextlib.suppress(OSError):
                 folder.rmdir()
         reason = " ".join(str(error).split())[:200]
         raise DatasetError(

@@ -107,6 +107,7 @@ def device_name(device: torch.device) -> str:
 def deterministic_mode(enabled: bool) -> Iterator[None]:
     """Use deterministic kernels only, and put torch's global switches back afterwards."""
     before = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     benchmark = torch.backends.cudnn.benchmark
     if enabled:
         # cuBLAS is deterministic only with a fixed workspace; read when CUDA starts.
@@ -116,5 +117,5 @@ def deterministic_mode(enabled: bool) -> Iterator[None]:
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(before)
+        torch.use_deterministic_algorithms(before, warn_only=warn_only)
         torch.backends.cudnn.benchmark = benchmark

@@ -15,7 +15,7 @@ from mnist_wandb.checkpoint import Checkpoint, load_checkpoint
 from mnist_wandb.config import RunConfig
 from mnist_wandb.data import Preprocessing, Split, load_dataset
 from mnist_wandb.device import choose_plan
-from mnist_wandb.errors import CheckpointError
+from mnist_wandb.errors import CheckpointError, ConfigError
 from mnist_wandb.metrics import EvalResult
 from mnist_wandb.pictures import read_picture
 
@@ -159,6 +159,8 @@ def evaluate_checkpoint(
     Raises:
         CheckpointError: the file is no checkpoint, or its model does not fit the data.
     """
+    if split not in ("val", "test"):
+        raise ConfigError(f"split: got {split!r}, allowed: val, test")
     checkpoint = load_checkpoint(path)
     config = override(checkpoint.config)
     plan = choose_plan(config)
@@ -184,7 +186,7 @@ def evaluate_checkpoint(
 def predict_pictures(
     path: Path, files: Sequence[Path], *, preprocess: bool = True
 ) -> list[Prediction]:
-    """Classify picture files with a checkpoint; see `pictures.read_picture`.
+    """Classify one or more picture files with a checkpoint; see `pictures.read_picture`.
 
     Raises:
         CheckpointError, DatasetError: a file is not what it should be.

@@ -14,6 +14,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from mnist_wandb.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from mnist_wandb.config import RunConfig
 from mnist_wandb.data import Preprocessing, Splits, load_dataset
@@ -108,6 +110,7 @@ class _Session:
         self.config, self.folder, self.plan, self.splits = config, folder, plan, splits
         self.preset, self.started = preset, started
         self.num_parameters = 0
+        self.began = False
         self.step, self.epoch = 0, 0.0
         self.training_seconds, self.images_used = 0.0, 0
         self.earlier_seconds = 0.0
@@ -146,6 +149,7 @@ class _Session:
         """Train, score, summarize; every way out writes a summary and ends the W&B run."""
 
         def on_event(event: Event) -> None:
+            self.began = True
             self.record(event)
             emit(event)
 
@@ -171,7 +175,13 @@ class _Session:
             self.end("diverged", error=str(error))
             raise
         except Exception as error:
-            self.end("failed", error=f"{type(error).__name__}: {error}")
+            if self.began or resume is not None:
+                try:
+                    self.end("failed", error=f"{type(error).__name__}: {error}")
+                except RunError as second:  # a full disk, say: the first error is the cause
+                    log.warning("no summary: %s", second)
+            elif self.wandb is not None:
+                self.wandb.finish(EXIT_CODES["failed"], {"status": "failed"})
             raise
 
     def record(self, event: Event) -> None:
@@ -291,7 +301,7 @@ def _open_folder(
             folder.write_config(config, preset)
         yield folder
     except MnistWandbError:
-        if resume is None and folder.read_summary() is None:
+        if resume is None and not folder.metrics_path.exists():  # nothing has been recorded
             folder.remove()
         raise
     finally:
@@ -348,6 +358,7 @@ def package_versions() -> dict[str, str]:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             found[name] = "unknown"
+    found["torch"] = str(torch.__version__)  # with the build, which decides the last bits
     return found
 
 

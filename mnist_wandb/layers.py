@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import json
 import math
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +18,11 @@ import yaml
 from mnist_wandb.errors import ConfigError
 
 KeyPath = tuple[str | int, ...]
+
+MOST_VALUES = 10_000
+"""More values than any configuration has; stops files that grow by aliases of aliases."""
+DEEPEST_KEY = 8
+"""More parts than any dotted key has."""
 
 # What an agent adds to the command line of a resumed sweep run; it is not a setting.
 IGNORED_KEYS = frozenset({"_wandb"})
@@ -66,26 +73,49 @@ for _tag, _pattern, _first in (
     _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(_pattern), list(_first))
 
 
-def _construct_int(loader: _Loader, node: yaml.ScalarNode) -> int:
-    return int(loader.construct_scalar(node))  # 010 is ten here, not YAML 1.1's octal eight
+_NUMBERS = {"inf": math.inf, "-inf": -math.inf, "nan": math.nan}
 
 
-def _construct_mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
-    seen: dict[Any, yaml.Mark] = {}
+def _error(message: str, node: yaml.Node) -> yaml.constructor.ConstructorError:
+    return yaml.constructor.ConstructorError(None, None, message, node.start_mark)
+
+
+def _construct_scalar(loader: _Loader, node: yaml.Node) -> Any:
+    """One plain value by its tag; 010 is ten here, not YAML 1.1's octal eight."""
+    tag = node.tag.rpartition(":")[2]
+    if not isinstance(node, yaml.ScalarNode):
+        raise _error(f"not a value of type {tag}", node)
+    text = str(node.value)
+    try:
+        if tag == "bool":
+            return {"true": True, "false": False}[text.lower()]
+        if tag == "int":
+            return int(text)
+        if tag == "float":
+            plain = text.lower().lstrip("+").replace(".inf", "inf").replace(".nan", "nan")
+            return _NUMBERS[plain] if plain in _NUMBERS else float(text)
+        return None if tag == "null" else text
+    except (ValueError, KeyError):
+        raise _error(f"{text[:60]!r} is not of type {tag}", node) from None
+
+
+def _construct_list(loader: _Loader, node: yaml.Node) -> list[Any]:
+    if not isinstance(node, yaml.SequenceNode):
+        raise _error("not a list", node)
+    return [loader.construct_object(item, deep=True) for item in node.value]
+
+
+def _construct_mapping(loader: _Loader, node: yaml.Node) -> dict[str, Any]:
+    if not isinstance(node, yaml.MappingNode):
+        raise _error("not a mapping", node)
+    seen: dict[str, yaml.Mark] = {}
     for key_node, _ in node.value:
-        key = key_node.value if isinstance(key_node, yaml.ScalarNode) else None
-        if not isinstance(key, str) or (key_node.tag.endswith(":null")):
-            raise yaml.constructor.ConstructorError(
-                None, None, "a key must be plain text", key_node.start_mark
-            )
-        if key in seen and key != "<<":
-            raise yaml.constructor.ConstructorError(
-                None,
-                None,
-                f"duplicate key {key!r} (first in line {seen[key].line + 1})",
-                key_node.start_mark,
-            )
-        seen[key] = key_node.start_mark
+        if not isinstance(key_node, yaml.ScalarNode) or key_node.tag.endswith(":null"):
+            raise _error("a key must be plain text", key_node)
+        if key_node.value in seen and key_node.value != "<<":
+            first = seen[key_node.value].line + 1
+            raise _error(f"duplicate key {key_node.value!r} (first in line {first})", key_node)
+        seen[key_node.value] = key_node.start_mark
     loader.flatten_mapping(node)
     return {
         key_node.value: loader.construct_object(value_node, deep=True)
@@ -93,22 +123,76 @@ def _construct_mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any
     }
 
 
-_Loader.add_constructor("tag:yaml.org,2002:int", _construct_int)
-_Loader.add_constructor("tag:yaml.org,2002:map", _construct_mapping)
+def _refuse_tag(_loader: _Loader, node: yaml.Node) -> None:
+    raise _error(f"the tag {node.tag!r} is not allowed here", node)
+
+
+_Loader.yaml_constructors = {
+    **{
+        f"tag:yaml.org,2002:{t}": _construct_scalar for t in ("bool", "int", "float", "null", "str")
+    },
+    "tag:yaml.org,2002:seq": _construct_list,
+    "tag:yaml.org,2002:map": _construct_mapping,
+    None: _refuse_tag,
+}
+
+
+class _Dumper(yaml.SafeDumper):
+    """Puts quotes around every text that `_Loader` or YAML 1.1 would read as something else."""
+
+    yaml_implicit_resolvers = {  # noqa: RUF012
+        first: [
+            *yaml.SafeDumper.yaml_implicit_resolvers.get(first, []),
+            *_Loader.yaml_implicit_resolvers.get(first, []),
+        ]
+        for first in {*yaml.SafeDumper.yaml_implicit_resolvers, *_Loader.yaml_implicit_resolvers}
+    }
+
+
+def write_value(value: Any) -> str:
+    """One value on one line, as `parse_yaml` reads it back."""
+
+    def plain(item: Any) -> Any:
+        if isinstance(item, list | tuple):
+            return [plain(element) for element in item]
+        return item.model_dump(mode="json") if hasattr(item, "model_dump") else item
+
+    text = yaml.dump(
+        plain(value), Dumper=_Dumper, default_flow_style=True, sort_keys=False, width=10**6
+    )
+    return text.removesuffix("\n").removesuffix("\n...").strip()
 
 
 def _collect_marks(
     node: yaml.Node | None, path: KeyPath, marks: dict[KeyPath, tuple[int, int]]
 ) -> None:
     if isinstance(node, yaml.MappingNode):
+        if len(marks) > MOST_VALUES:
+            raise ValueError(f"more than {MOST_VALUES:,} values (aliases of aliases?)")
         for key_node, value_node in node.value:
-            below = (*path, key_node.value)
+            below = (*path, str(key_node.value))
             marks[below] = (key_node.start_mark.line + 1, key_node.start_mark.column + 1)
             _collect_marks(value_node, below, marks)
     elif isinstance(node, yaml.SequenceNode):
+        if len(marks) > MOST_VALUES:
+            raise ValueError(f"more than {MOST_VALUES:,} values (aliases of aliases?)")
         for index, item in enumerate(node.value):
             marks[*path, index] = (item.start_mark.line + 1, item.start_mark.column + 1)
             _collect_marks(item, (*path, index), marks)
+
+
+def _refuse_recursion(node: yaml.Node, above: frozenset[int]) -> None:
+    if id(node) in above:
+        raise _error("an alias of itself", node)
+    if isinstance(node, yaml.CollectionNode) and len(above) > 2 * DEEPEST_KEY:
+        raise _error("nested too deeply", node)
+    above |= {id(node)}
+    if isinstance(node, yaml.MappingNode):
+        for _, value in node.value:
+            _refuse_recursion(value, above)
+    elif isinstance(node, yaml.SequenceNode):
+        for value in node.value:
+            _refuse_recursion(value, above)
 
 
 def parse_yaml(text: str, label: str) -> Layer:
@@ -126,10 +210,12 @@ def parse_yaml(text: str, label: str) -> Layer:
         loader = _Loader(text)
         try:
             node = loader.get_single_node()
+            if node is not None:
+                _refuse_recursion(node, frozenset())
+            _collect_marks(node, (), marks)
             values = loader.construct_document(node) if node is not None else {}
         finally:
             loader.dispose()
-        _collect_marks(node, (), marks)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         where = f"{label}:{mark.line + 1}:{mark.column + 1}" if mark else label
@@ -157,8 +243,9 @@ def read_yaml(path: Path, label: str | None = None) -> Layer:
         return parse_yaml(path.read_text(encoding="utf-8"), name)
     except UnicodeDecodeError:
         raise ConfigError(f"{name}: not a text file in UTF-8") from None
-    except OSError as error:
-        raise ConfigError(f"{name}: cannot be read: {error.strerror or error}") from None
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(f"{name}: cannot be read: {reason}") from None
 
 
 def parse_value(text: str) -> Any:
@@ -167,20 +254,20 @@ def parse_value(text: str) -> Any:
     Agents write Python's `str()` (`True`, `None`, `[64, 32]`, `{'name': 'cnn'}`), people write
     JSON or YAML (`true`, `null`, `1e-3`).
     """
+    stripped = text.strip()
     for parse in (json.loads, ast.literal_eval):
         try:
-            value = _plain(parse(text.strip()))
+            with warnings.catch_warnings(action="ignore"):  # of Python's own parser
+                return _plain(parse(stripped))
         except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
             continue
-        return value
-    if text.strip()[:1] in ("[", "{"):  # as in a YAML file: [lab, first]
-        try:
-            return _plain(yaml.load(text, _Loader))
-        except (yaml.YAMLError, ValueError, RecursionError):
-            return text
-    lowered = text.strip().lower().lstrip("+-")
-    if lowered in ("inf", "infinity", "nan"):
-        return math.nan if lowered == "nan" else math.inf  # rejected by validation, by its name
+    if stripped[:1] in ("[", "{"):  # as in a YAML file: [lab, first]
+        with contextlib.suppress(ConfigError):
+            return parse_yaml(f"value: {stripped}", "value").values["value"]
+        return text
+    number = stripped.lower().lstrip("+").replace("infinity", "inf").replace("-nan", "nan")
+    if number in _NUMBERS:
+        return _NUMBERS[number]  # rejected by validation, by its name
     return text
 
 
@@ -246,15 +333,21 @@ def read_sweep_parameters(path: Path) -> Layer:
             continue
         if not isinstance(entry, dict) or "value" not in entry:
             raise ConfigError(f"{layer.where((key,))}: {key}: expected a mapping with `value`")
-        set_path(values, _split_key(key, key), entry["value"])
+        set_path(values, _split_key(key, key, layer.where((key,))), entry["value"])
     return Layer(layer.label, values)
 
 
-def _split_key(key: str, argument: str) -> list[str]:
+def _split_key(key: str, argument: str, where: str = "command line") -> list[str]:
     parts = key.strip().split(".")
-    if not all(re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", part) for part in parts):
-        raise ConfigError(f"command line: cannot read {argument!r}; write section.field=value")
+    if len(parts) > DEEPEST_KEY or not all(
+        re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", part) for part in parts
+    ):
+        raise ConfigError(f"{where}: cannot read {argument[:80]!r}; write section.field=value")
     return parts
+
+
+def _shown(text: str) -> str:
+    return text[:80] if text.isprintable() else repr(text[:80])
 
 
 def _parse_json_object(text: str, argument: str) -> dict[str, Any]:
@@ -270,8 +363,8 @@ def _parse_json_object(text: str, argument: str) -> dict[str, Any]:
 def _read_json_file(argument: str) -> dict[str, Any]:
     try:
         text = Path(argument).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"command line: {argument}: cannot be read: {error}") from None
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"command line: {_shown(argument)}: cannot be read: {error}") from None
     return _parse_json_object(text, argument)
 
 

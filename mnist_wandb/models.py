@@ -18,8 +18,8 @@ from mnist_wandb.config import (
     MlpConfig,
     ModelConfig,
     ResnetConfig,
-    validate,
 )
+from mnist_wandb.loading import validate
 
 ImageShape = tuple[int, int, int]
 
@@ -53,7 +53,7 @@ def build_model(
         A module from float32 (N, channels, height, width) to logits float32 (N, C).
     """
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # the CPU's only; others are left alone
         model: nn.Module = FAMILIES[type(config)](config, image_shape, num_classes)
     return model
 

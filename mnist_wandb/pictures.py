@@ -16,8 +16,8 @@ from mnist_wandb.errors import DatasetError
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".pgm"})
 DIGIT_BOX = 20
 """MNIST's digits fill a box of 20×20 pixels, centred by their mass in 28×28 (LeCun et al. 1998)."""
-INK_SHARE = 0.2
-"""What is darker than this share of the strongest ink counts as part of the digit."""
+DIGIT_INK, OBJECT_INK = 0.2, 0.05
+"""What is stronger than this share of the strongest ink counts as part of the digit or object."""
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -31,9 +31,12 @@ def find_pictures(paths: Sequence[Path]) -> list[Path]:
     found: list[Path] = []
     for path in paths:
         if path.is_dir():
-            inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES)
+            inside = sorted(
+                p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file()
+            )
             if not inside:
-                raise DatasetError(f"{path}: no pictures in this folder ({', '.join(SUFFIXES)})")
+                kinds = ", ".join(sorted(SUFFIXES))
+                raise DatasetError(f"{path}: no pictures in this folder ({kinds})")
             found += inside
         elif path.exists():
             found.append(path)
@@ -71,7 +74,7 @@ def read_picture(path: Path, *, style: str = "digit") -> Bytes:
     ink = ink.clip(min=0)
     if ink.max() < 16:
         raise DatasetError(f"{path}: nothing is to be seen on this picture")
-    return _centre(ink * (255 / ink.max()), DIGIT_BOX if style == "digit" else IMAGE_SIZE)
+    return _centre(ink * (255 / ink.max()), as_digit=style == "digit")
 
 
 def _to_grey(picture: Image.Image) -> npt.NDArray[np.float32]:
@@ -92,20 +95,26 @@ def _resize(values: Any, height: int, width: int) -> npt.NDArray[np.float32]:
     return np.asarray(resized, dtype=np.float32).clip(0, 255)
 
 
-def _centre(ink: npt.NDArray[np.float32], box: int) -> Bytes:
-    """Crop to the ink, fit the longer side to the box, put the centre of mass into the middle."""
-    strong = ink > INK_SHARE * ink.max()
+def _centre(ink: npt.NDArray[np.float32], *, as_digit: bool) -> Bytes:
+    """Crop to the ink and fit it in, as the makers of MNIST or of Fashion-MNIST have done.
+
+    Digits: the longer side to 20 pixels, the centre of mass to the pixel at 14 (LeCun et al.
+    1998). Objects: the longer side to 28 pixels, the box in the middle (Xiao et al. 2017).
+    """
+    strong = ink > (DIGIT_INK if as_digit else OBJECT_INK) * ink.max()
     rows, columns = np.flatnonzero(strong.any(axis=1)), np.flatnonzero(strong.any(axis=0))
     crop = ink[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
-    factor = box / max(crop.shape)
+    factor = (DIGIT_BOX if as_digit else IMAGE_SIZE) / max(crop.shape)
     height, width = (max(1, round(side * factor)) for side in crop.shape)
     small = _resize(crop, height, width)
-    mass = max(float(small.sum()), 1e-9)
-    centre_y = float((small.sum(axis=1) * np.arange(height)).sum() / mass)
-    centre_x = float((small.sum(axis=0) * np.arange(width)).sum() / mass)
-    middle = (IMAGE_SIZE - 1) / 2
-    top = int(np.clip(round(middle - centre_y), 0, IMAGE_SIZE - height))
-    left = int(np.clip(round(middle - centre_x), 0, IMAGE_SIZE - width))
+    if as_digit:
+        mass = max(float(small.sum()), 1e-9)
+        centre_y = float((small.sum(axis=1) * np.arange(height)).sum() / mass)
+        centre_x = float((small.sum(axis=0) * np.arange(width)).sum() / mass)
+        top = int(np.clip(round(IMAGE_SIZE / 2 - centre_y), 0, IMAGE_SIZE - height))
+        left = int(np.clip(round(IMAGE_SIZE / 2 - centre_x), 0, IMAGE_SIZE - width))
+    else:
+        top, left = (IMAGE_SIZE - height + 1) // 2, (IMAGE_SIZE - width + 1) // 2
     image = np.zeros((IMAGE_SIZE, IMAGE_SIZE), dtype=np.uint8)
     image[top : top + height, left : left + width] = small.round().astype(np.uint8)
     return image

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import json
@@ -18,8 +19,9 @@ from typing import Any, Protocol
 import numpy as np
 from filelock import FileLock, Timeout
 
-from mnist_wandb.config import RunConfig, load_config, to_yaml
+from mnist_wandb.config import RunConfig
 from mnist_wandb.errors import RunError
+from mnist_wandb.loading import load_config, to_yaml
 from mnist_wandb.metrics import EvalResult, Ints
 
 Row = dict[str, float]
@@ -153,9 +155,10 @@ class RunFolder:
         Raises:
             RunError: there is none, or several.
         """
-        path = Path(spec).expanduser()
-        if (path / "config.yaml").is_file():
-            return cls(path)
+        with contextlib.suppress(OSError, RuntimeError, ValueError):  # not a path at all
+            path = Path(spec).expanduser()
+            if (path / "config.yaml").is_file():
+                return cls(path if path.name else path.absolute())
         runs = list_runs(root)
         if spec == "latest" and runs:
             return runs[-1]
@@ -229,8 +232,12 @@ class RunFolder:
             raise RunError(f"{self.metrics_path}: cannot be written: {error.strerror}") from None
 
     def truncate_metrics(self, step: int) -> None:
-        """Drop the rows after a step (a resumed run writes them again)."""
-        kept = [json.dumps(row) + "\n" for row in self.read_metrics() if row["step"] <= step]
+        """Drop the rows after a step, and test scores (a resumed run writes them again)."""
+        kept = [
+            json.dumps(row) + "\n"
+            for row in self.read_metrics()
+            if row["step"] <= step and "test/accuracy" not in row
+        ]
         self._write(self.metrics_path, "".join(kept))
 
     def _write(self, path: Path, content: str | bytes) -> None:
@@ -243,6 +250,8 @@ class RunFolder:
                 os.fsync(file.fileno())
             temporary.replace(path)
         except OSError as error:
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
             raise RunError(f"{path}: cannot be written: {error.strerror or error}") from None
 
     # ── Read.
@@ -258,14 +267,15 @@ class RunFolder:
             RunError: a line before the last one is damaged.
         """
         try:
-            lines = self.metrics_path.read_text(encoding="utf-8").splitlines(keepends=True)
+            lines = self.metrics_path.read_bytes().splitlines()
         except FileNotFoundError:
             return []
         rows: list[Row] = []
         for number, line in enumerate(lines, start=1):
             try:
-                rows.append(json.loads(line))
-            except ValueError:
+                row = json.loads(line)
+                rows.append({**row, "step": row["step"]})
+            except (ValueError, TypeError, KeyError):
                 if number == len(lines):
                     break
                 raise RunError(f"{self.metrics_path}:{number}: damaged line") from None
@@ -286,7 +296,9 @@ class RunFolder:
             return None
         except (OSError, ValueError) as error:
             raise RunError(f"{path}: cannot be read: {error}") from None
-        return dict(content)
+        if not isinstance(content, dict):
+            raise RunError(f"{path}: damaged: expected one JSON object")
+        return content
 
 
 def list_runs(root: Path) -> list[RunFolder]:

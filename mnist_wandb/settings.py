@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import netrc
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,17 +67,24 @@ def load_settings(env_file: Path | None = Path(".env")) -> Settings:
     if env_file is not None and env_file.is_file():
         try:
             found = dotenv_values(env_file)
-        except (OSError, UnicodeDecodeError) as error:
+            for key, value in found.items():
+                if value is not None and key not in os.environ:
+                    os.environ[key] = value
+        except (OSError, ValueError) as error:
             raise ConfigError(f"{env_file}: cannot be read: {error}") from None
-        for key, value in found.items():
-            if value is not None and key not in os.environ:
-                os.environ[key] = value
     environment = os.environ
     mode = environment.get("WANDB_MODE") or None
     if mode is not None and mode not in WANDB_MODES:
         raise ConfigError(f"WANDB_MODE: got {mode!r}, allowed: {', '.join(WANDB_MODES)}")
     base_url = environment.get("WANDB_BASE_URL") or DEFAULT_BASE_URL
+    if not re.fullmatch(r"https?://[A-Za-z0-9.:\[\]_-]+(/.*)?", base_url):
+        raise ConfigError(
+            f"WANDB_BASE_URL: got {base_url!r}, expected an address like https://wandb.example.org"
+        )
     parameters = environment.get("WANDB_SWEEP_PARAM_PATH")
+    run_id = environment.get("WANDB_RUN_ID") or None
+    if run_id is not None and not re.fullmatch(r"[A-Za-z0-9_]{1,64}", run_id):
+        raise ConfigError(f"WANDB_RUN_ID: got {run_id!r}, allowed: letters, digits, underscore")
     return Settings(
         data_dir=_folder(environment, "MNIST_WANDB_DATA_DIR", "data"),
         runs_dir=_folder(environment, "MNIST_WANDB_RUNS_DIR", "runs"),
@@ -87,7 +95,7 @@ def load_settings(env_file: Path | None = Path(".env")) -> Settings:
         api_key_source=_find_api_key(environment, base_url, env_file),
         sweep_id=environment.get("WANDB_SWEEP_ID") or None,
         sweep_parameters=Path(parameters) if parameters else None,
-        wandb_run_id=environment.get("WANDB_RUN_ID") or None,
+        wandb_run_id=run_id,
     )
 
 
@@ -120,7 +128,11 @@ def choose_wandb_mode(config: RunConfig, settings: Settings) -> tuple[WandbMode,
 
 
 def _folder(environment: Mapping[str, str], variable: str, default: str) -> Path:
-    return Path(environment.get(variable) or default).expanduser()
+    folder = Path(environment.get(variable) or default)
+    try:
+        return folder.expanduser()
+    except RuntimeError as error:
+        raise ConfigError(f"{variable}: got {str(folder)!r}: {error}") from None
 
 
 def _find_api_key(
@@ -131,10 +143,10 @@ def _find_api_key(
     hosts = KNOWN_HOSTS if base_url == DEFAULT_BASE_URL else (urlsplit(base_url).hostname or "",)
     candidates = [environment.get("NETRC"), "~/.netrc", "~/_netrc"]
     for candidate in filter(None, candidates):
-        path = Path(candidate).expanduser()
         try:
+            path = Path(candidate).expanduser()
             entries = netrc.netrc(path).hosts
-        except (OSError, netrc.NetrcParseError, UnicodeDecodeError):
+        except (OSError, netrc.NetrcParseError, ValueError, RuntimeError):
             continue
         if any(entries[host][2] for host in hosts if host in entries):
             return str(path)

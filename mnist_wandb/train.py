@@ -19,24 +19,15 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from mnist_wandb.augment import augment, is_off
 from mnist_wandb.checkpoint import Checkpoint, describe_data
 from mnist_wandb.config import (
-    AdagradConfig,
-    AdamConfig,
-    AdamwConfig,
-    CosineConfig,
-    NadamConfig,
-    OneCycleConfig,
-    OptimizerConfig,
-    RmspropConfig,
+    MlpConfig,
     RunConfig,
-    ScheduleConfig,
-    SgdConfig,
-    StepConfig,
 )
 from mnist_wandb.data import Preprocessing, Splits, batch_indices
 from mnist_wandb.device import Plan, choose_plan, deterministic_mode
-from mnist_wandb.errors import CheckpointError, DivergedError
+from mnist_wandb.errors import CheckpointError, ConfigError, DivergedError
 from mnist_wandb.evaluate import compute_loss, evaluate
 from mnist_wandb.metrics import EvalResult
+from mnist_wandb.optim import lr_factor, make_optimizer
 
 CHECKPOINT_SECONDS = 60.0
 """Longest time between two checkpoints, so that a kill in a long epoch costs a minute."""
@@ -113,71 +104,6 @@ class TrainResult:
     images_per_second: float
     best_epoch: float
     best_accuracy: float
-
-
-# ── optimizer and schedule ───────────────────────────────────────────────────────────────────
-
-
-def make_optimizer(config: OptimizerConfig, model: nn.Module) -> torch.optim.Optimizer:
-    """Build the torch optimizer; fused (one kernel for all weights) where torch has that."""
-    parameters = list(model.parameters())
-    lr, decay = config.lr, config.weight_decay
-    match config:
-        case SgdConfig(momentum=momentum, nesterov=nesterov):
-            return torch.optim.SGD(
-                parameters, lr, momentum, weight_decay=decay, nesterov=nesterov, fused=True
-            )
-        case RmspropConfig(alpha=alpha, momentum=momentum, eps=eps):
-            return torch.optim.RMSprop(
-                parameters, lr, alpha, eps, weight_decay=decay, momentum=momentum, foreach=True
-            )
-        case AdagradConfig(eps=eps):
-            return torch.optim.Adagrad(parameters, lr, weight_decay=decay, eps=eps, foreach=True)
-        case AdamConfig(betas=betas, eps=eps):
-            return torch.optim.Adam(parameters, lr, betas, eps, weight_decay=decay, fused=True)
-        case AdamwConfig(betas=betas, eps=eps):
-            return torch.optim.AdamW(parameters, lr, betas, eps, weight_decay=decay, fused=True)
-        case NadamConfig(betas=betas, eps=eps):
-            return torch.optim.NAdam(parameters, lr, betas, eps, weight_decay=decay, foreach=True)
-
-
-def lr_factor(config: ScheduleConfig, step: int, total_steps: int, steps_per_epoch: int) -> float:
-    """Learning rate of one update as a share of `optimizer.lr`.
-
-    Args:
-        config: the `schedule` section.
-        step: updates done before, from 0 to total_steps - 1.
-        total_steps: updates of the whole run.
-        steps_per_epoch: updates of one epoch.
-
-    Source: the same curves as torch's StepLR, CosineAnnealingLR (T_max = total_steps) and
-    OneCycleLR (without momentum cycling), stepped once an update.
-    """
-    match config:
-        case StepConfig(every_epochs=every, gamma=gamma):
-            return float(gamma ** (step // steps_per_epoch // every))
-        case CosineConfig(warmup_fraction=warmup, final_fraction=final):
-            warmup_steps = round(warmup * total_steps)
-            if step < warmup_steps:
-                return (step + 1) / warmup_steps
-            return _blend(1.0, final, (step - warmup_steps) / (total_steps - warmup_steps))
-        case OneCycleConfig(
-            warmup_fraction=warmup, start_fraction=start, final_fraction=final, anneal=anneal
-        ):
-            peak, last = warmup * total_steps - 1, total_steps - 1
-            linear = anneal == "linear"
-            if step < peak:
-                return _blend(start, 1.0, step / peak, linear=linear)
-            return _blend(
-                1.0, final, (step - peak) / (last - peak) if last > peak else 0.0, linear=linear
-            )
-        case _:
-            return 1.0
-
-
-def _blend(start: float, end: float, progress: float, *, linear: bool = False) -> float:
-    share = progress if linear else (1 - math.cos(math.pi * progress)) / 2
-    return start + (end - start) * share
 
 
 # ── state ────────────────────────────────────────────────────────────────────────────────────
@@ -317,7 +243,9 @@ def train(
     Raises:
         DivergedError: loss or weights became NaN or infinite; nothing is emitted after that.
         CheckpointError: `resume` does not fit.
+        ConfigError: the last batch is too small for batch normalisation.
     """
+    _check_batches(config, len(splits.train))
     plan = plan or choose_plan(config)
     model.to(plan.device)
     if plan.channels_last:
@@ -331,9 +259,24 @@ def train(
     if resume is not None:
         if resume.training is None:
             raise CheckpointError("this checkpoint has no training state to continue from")
+        if resume.config.optimizer.name != config.optimizer.name:
+            raise CheckpointError(
+                f"this state is of optimizer {resume.config.optimizer.name!r}, the configuration"
+                f" has {config.optimizer.name!r}"
+            )
         state.load_state_dict(resume.training, plan.device)
     with deterministic_mode(config.training.deterministic):
         return _Loop(state, splits, config, plan, emit, should_stop).run()
+
+
+def _check_batches(config: RunConfig, num_images: int) -> None:
+    batch_size = config.training.batch_size
+    smallest = num_images % batch_size or batch_size
+    if isinstance(config.model, MlpConfig) and config.model.batch_norm and smallest == 1:
+        raise ConfigError(
+            f"training.batch_size: {batch_size} leaves a batch of one of the {num_images} training"
+            " images, and batch normalisation needs two; choose another size"
+        )
 
 
 class _Loop:
@@ -369,17 +312,18 @@ class _Loop:
             # ── Validate, keep the best weights, save.
             self.save(best=self.validate(), end_of_epoch=True)
         if status != "interrupted":
-            status = "early_stopped" if self.has_stalled() else "finished"
+            status = "finished" if state.step == self.total_steps else "early_stopped"
             state.scored_model.load_state_dict(state.best_weights)
             if state.averaged is not None:
                 state.model.load_state_dict(state.best_weights)
         seconds = state.training_seconds
+        images = state.images_used + sum(size for _, _, size in state.pending)
         return TrainResult(
             status=status,
             steps=state.step,
             epochs=self.epoch_at(state.step),
             training_seconds=seconds,
-            images_per_second=state.images_used / seconds if seconds else 0.0,
+            images_per_second=images / seconds if seconds else 0.0,
             best_epoch=state.best_epoch,
             best_accuracy=max(0.0, state.best_accuracy),
         )
@@ -490,6 +434,8 @@ class _Loop:
         }
         if grad_norm is not None:
             values["train/grad_norm"] = float(grad_norm)
+            if not math.isfinite(values["train/grad_norm"]):
+                raise self.diverged(state.step, "gradient norm", values["train/grad_norm"])
         self.emit_values(values)
         return time.perf_counter()
 
@@ -540,7 +486,11 @@ class _Loop:
             weights=state.scored_model.state_dict(),
             step=state.step,
             epoch=self.epoch_at(state.step),
-            metrics={"best/val_accuracy": state.best_accuracy, "best/epoch": state.best_epoch},
+            metrics=(
+                {"best/val_accuracy": state.best_accuracy, "best/epoch": state.best_epoch}
+                if state.best_weights
+                else {}
+            ),
             training=state.state_dict(self.plan.device),
         )
         self.emit(CheckpointReady(checkpoint, best, end_of_epoch))

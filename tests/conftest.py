@@ -6,7 +6,7 @@ import os
 import struct
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,10 +15,11 @@ import pytest
 import torch
 
 from mnist_wandb.cli import main
-from mnist_wandb.config import RunConfig, load_config
+from mnist_wandb.config import RunConfig
 from mnist_wandb.data import Splits, load_dataset
+from mnist_wandb.loading import load_config
 
-REAL_DATA_DIR = os.environ.get("MNIST_WANDB_DATA_DIR")
+REAL_DATA_DIR = Path(os.environ.get("MNIST_WANDB_DATA_DIR") or "data").absolute()
 """Real data sets, used where they are there; read before the tests' own environment is set."""
 
 FAST = ("tracking.mode=disabled", "training.epochs=2", "data.train_size=200")
@@ -80,6 +81,7 @@ def program() -> Callable[..., Finished]:
             text=True,
             timeout=timeout,
             env={**os.environ, **environment},
+            check=False,
         )
         return Finished(done.returncode, done.stdout, done.stderr)
 
@@ -120,9 +122,8 @@ def mnist_like(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def real_data() -> Iterator[Path]:
+def real_data() -> Path:
     """The folder with the real MNIST; the test is skipped where there is none."""
-    folder = Path(REAL_DATA_DIR or "data")
-    if not (folder / "MNIST" / "raw" / "train-images-idx3-ubyte").is_file():
+    if not (REAL_DATA_DIR / "MNIST" / "raw" / "train-images-idx3-ubyte").is_file():
         pytest.skip("needs the real MNIST: set MNIST_WANDB_DATA_DIR to a folder that has it")
-    yield folder.absolute()
+    return REAL_DATA_DIR

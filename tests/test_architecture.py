@@ -19,9 +19,10 @@ ROWS = [
     ("errors",),
     ("layers",),
     ("config",),
+    ("loading",),
     ("settings", "metrics"),
     ("runs",),
-    ("device", "augment", "pictures", "models", "data", "tracking"),
+    ("device", "augment", "pictures", "models", "data", "optim", "tracking"),
     ("checkpoint",),
     ("evaluate",),
     ("train",),
@@ -31,7 +32,7 @@ ROWS = [
 ]
 """A module imports from earlier rows only, never sideways."""
 ROW = {module: index for index, row in enumerate(ROWS) for module in row}
-LIGHT = ("errors", "layers", "config", "settings", "metrics", "runs", "cli")
+LIGHT = ("errors", "layers", "config", "loading", "settings", "metrics", "runs", "cli")
 """Imported without torch and wandb, so that help and configuration errors come at once."""
 HOMES = {"wandb": {"tracking"}, "typer": {"cli"}, "click": {"cli"}, "rich": {"cli", "display"}}
 """Packages that stay in one room."""

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from mnist_wandb.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-from mnist_wandb.config import RunConfig, validate
+from mnist_wandb.config import RunConfig
 from mnist_wandb.data import Preprocessing, load_dataset
 from mnist_wandb.errors import CheckpointError, RunError
+from mnist_wandb.loading import validate
 from mnist_wandb.models import build_model
 from mnist_wandb.train import CheckpointReady, Event, train
 

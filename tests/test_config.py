@@ -14,13 +14,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
 
-from mnist_wandb.config import (
+from mnist_wandb.config import VARIANTS, ZOO, RunConfig, Section
+from mnist_wandb.errors import ConfigError
+from mnist_wandb.layers import parse_yaml, read_yaml
+from mnist_wandb.loading import (
     PRESETS_DIR,
-    VARIANTS,
-    ZOO,
     ResolvedConfig,
-    RunConfig,
-    Section,
     find_config,
     json_schema,
     load_config,
@@ -30,8 +29,6 @@ from mnist_wandb.config import (
     to_yaml,
     validate,
 )
-from mnist_wandb.errors import ConfigError
-from mnist_wandb.layers import parse_yaml, read_yaml
 
 fuzz = settings(max_examples=50, deadline=None, database=None)
 
@@ -146,13 +143,13 @@ def leaves(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]
             "model: {name: mlp, hidden_sizes: [0]}",
             "f.yaml:1:35: model.hidden_sizes.0: got 0, expec",
         ),
-        ("model: {name: mlp, dropout: 1}", "model.dropout.0: got 1, expected less than 1"),
+        ("model: {name: mlp, dropout: 1}", "model.dropout: got 1, expected less than 1"),
         # not finite
         ("optimizer: {lr: .inf}", "f.yaml:1:13: optimizer.lr: got inf, expected a finite number"),
         ("optimizer: {lr: -.inf}", "optimizer.lr: got -inf, expected a finite number"),
         ("training: {epochs: .nan}", "training.epochs: got nan, expected a finite number"),
         ("training: {epochs: 1e400}", "training.epochs: got inf, expected a finite number"),
-        ("model: {name: mlp, dropout: .nan}", "model.dropout.0: got nan, expected a finite number"),
+        ("model: {name: mlp, dropout: .nan}", "model.dropout: got nan, expected a finite number"),
         # choices
         (
             "training: {loss: msee}",
@@ -357,8 +354,8 @@ def test_validate_names_no_layer_where_there_is_none() -> None:
         ("name: no", "name", "no"),
         ("device: cuda:1", "device", "cuda:1"),
         ("tracking: {tags: [a, on]}", "tracking.tags", ["a", "on"]),
-        ("model: {name: mlp, hidden_sizes: [8, 4], dropout: 0.5}", "model.dropout", [0.5, 0.5]),
-        ("model: {name: mlp_64x3, dropout: 0}", "model.dropout", [0.0, 0.0, 0.0]),
+        ("model: {name: mlp, hidden_sizes: [8, 4], dropout: 0.5}", "model.dropout", 0.5),
+        ("model: {name: mlp_64x3, dropout: 0}", "model.dropout", 0),
         ("model: {name: mlp_dropout}", "model.dropout", [0.4, 0.3]),
         ("model: {name: mlp_small, hidden_sizes: [9]}", "model.hidden_sizes", [9]),
         ("model: {name: cnn_valid}", "model.hidden_sizes", [128]),
@@ -489,7 +486,7 @@ def test_lists_of_a_later_layer_replace() -> None:
             {
                 "name": "mlp_64x3",
                 "hidden_sizes": [64, 64, 64],
-                "dropout": [0, 0, 0],
+                "dropout": 0,
                 "activation": "relu",
                 "batch_norm": True,
             },
@@ -501,7 +498,7 @@ def test_lists_of_a_later_layer_replace() -> None:
             {
                 "name": "mlp",
                 "hidden_sizes": [3],
-                "dropout": [0.5],
+                "dropout": 0.5,
                 "activation": "relu",
                 "batch_norm": False,
             },
@@ -788,7 +785,7 @@ def test_load_config_rejects_a_file_that_is_not_text() -> None:
 def test_override_config_replaces_values_and_keeps_the_rest() -> None:
     before = load("seed: 3\nmodel: {name: mlp, hidden_sizes: [9]}")
     after = override_config(before, ["model.dropout=0.5", "training.epochs=2"])
-    assert before.model_dump()["model"]["dropout"] == (0.0,)
+    assert before.model_dump()["model"]["dropout"] == 0.0
     assert after == load(
         "seed: 3\nmodel: {name: mlp, hidden_sizes: [9], dropout: 0.5}\ntraining: {epochs: 2}"
     )

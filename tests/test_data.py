@@ -21,7 +21,7 @@ import torchvision
 from conftest import write_idx
 from sklearn.datasets import load_digits
 
-from mnist_wandb.config import DataConfig, load_config
+from mnist_wandb.config import DataConfig
 from mnist_wandb.data import (
     DATASETS,
     Preprocessing,
@@ -33,6 +33,7 @@ from mnist_wandb.data import (
     train_count,
 )
 from mnist_wandb.errors import ConfigError, DatasetError
+from mnist_wandb.loading import load_config
 
 SPLIT_NAMES = ("train", "val", "test")
 FILE_NAMES = DATASETS["mnist"].files

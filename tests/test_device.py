@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from mnist_wandb.config import RunConfig, load_config
+from mnist_wandb.config import RunConfig
 from mnist_wandb.device import (
     Plan,
     available_devices,
@@ -16,6 +16,7 @@ from mnist_wandb.device import (
     resolve_device,
 )
 from mnist_wandb.errors import ConfigError
+from mnist_wandb.loading import load_config
 
 needs_no_gpu = pytest.mark.skipif(len(available_devices()) > 1, reason="there is a GPU")
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")

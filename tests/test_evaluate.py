@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from mnist_wandb.checkpoint import Checkpoint, describe_data, save_checkpoint
-from mnist_wandb.config import RunConfig, override_config, validate
+from mnist_wandb.config import RunConfig
 from mnist_wandb.data import Preprocessing, Split, Splits, load_dataset
 from mnist_wandb.errors import CheckpointError, ConfigError, DatasetError
 from mnist_wandb.evaluate import (
@@ -23,6 +23,7 @@ from mnist_wandb.evaluate import (
     predict_logits,
     predict_pictures,
 )
+from mnist_wandb.loading import override_config, validate
 from mnist_wandb.models import build_model
 from mnist_wandb.train import train
 

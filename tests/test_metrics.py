@@ -149,6 +149,17 @@ def test_calibration_error_of_hand_made_cases(
     assert calibration_error(probabilities, labels) == pytest.approx(expected, abs=1e-12)
 
 
+@pytest.mark.parametrize(
+    ("other", "expected"),
+    [(0.625, abs(-0.75 + 0.375) / 2), (0.875, (0.75 + 0.125) / 2)],
+    ids=["same bin", "next bin"],
+)
+def test_confidence_on_the_edge_belongs_to_the_lower_bin(other: float, expected: float) -> None:
+    top = np.array([0.75, other])  # bins: (0.5, 0.75] and (0.75, 1]
+    probabilities = np.column_stack([top, 1 - top])
+    assert calibration_error(probabilities, np.array([1, 0]), bins=4) == pytest.approx(expected)
+
+
 # ── results ──────────────────────────────────────────────────────────────────────────────────
 
 

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from mnist_wandb.config import VARIANTS, ZOO, Activation, ModelConfig, validate
+from mnist_wandb.config import VARIANTS, ZOO, Activation, ModelConfig
+from mnist_wandb.loading import validate
 from mnist_wandb.models import (
     ACTIVATIONS,
     FAMILIES,

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import csv
+import importlib.metadata
 import json
 import os
 import re
@@ -14,15 +15,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from mnist_wandb import __version__
 from mnist_wandb.checkpoint import load_checkpoint
-from mnist_wandb.config import RunConfig, load_config, override_config, validate
+from mnist_wandb.config import RunConfig
 from mnist_wandb.data import load_dataset
 from mnist_wandb.errors import ConfigError, DivergedError, RunError
 from mnist_wandb.evaluate import evaluate
 from mnist_wandb.experiment import RunOutcome, run_experiment
+from mnist_wandb.loading import load_config, override_config, validate
 from mnist_wandb.metrics import EvalResult
 from mnist_wandb.runs import (
     SPARE_BYTES,
@@ -167,7 +168,7 @@ def test_a_run_that_is_not_there_is_named_beside_the_newest(tmp_path: Path) -> N
             RunFolder.find(spec, root)
         assert str(caught.value) == f"{spec}: no run folder of that path, name or id in {root}"
     rename(make_run(root), "20250101-000000-a-11111111")
-    with pytest.raises(RunError, match="; the newest is 20250101-000000-a-11111111$"):
+    with pytest.raises(RunError, match=r"; the newest is 20250101-000000-a-11111111$"):
         RunFolder.find("22222222", root)
 
 
@@ -419,7 +420,7 @@ def test_the_environment_says_what_the_run_ran_on() -> None:
     assert environment["command"] == ["mnist-wandb", "run", "seed=0"]
     assert environment["preset"] == "quickstart"
     assert environment["versions"]["mnist-wandb"] == __version__
-    assert environment["versions"]["torch"] == torch.__version__
+    assert environment["versions"]["torch"] == importlib.metadata.version("torch")
     assert environment["num_images"] == {"train": 100, "val": 144, "test": 359}
     assert environment["data_fingerprint"] == load_dataset(QUICK.data).fingerprint
     assert environment["git_commit"] is None  # the tests' folder is in no repository

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from mnist_wandb.config import load_config
 from mnist_wandb.errors import ConfigError
+from mnist_wandb.loading import load_config
 from mnist_wandb.settings import (
     DEFAULT_BASE_URL,
     KNOWN_HOSTS,

@@ -14,8 +14,8 @@ import pytest
 from conftest import Finished
 from PIL import Image
 
-from mnist_wandb.config import load_config
 from mnist_wandb.data import Splits
+from mnist_wandb.loading import load_config
 
 WANDB = [sys.executable, "-m", "wandb"]
 TRACKED = (
@@ -96,7 +96,9 @@ def test_logged_pictures_show_the_pixels_of_the_data_set(
     (panel,) = [item for item in history if "test/pictures.filenames" in item]
     by_id = {int(i): image for i, image in zip(digits.test.ids, digits.test.images, strict=True)}
     seen = set()
-    for name, caption in zip(panel["test/pictures.filenames"], panel["test/pictures.captions"], strict=True):
+    for name, caption in zip(
+        panel["test/pictures.filenames"], panel["test/pictures.captions"], strict=True
+    ):
         picture = np.asarray(Image.open(folder / "files" / name).convert("L"))
         image = by_id[int(caption.split(":")[0])][0].numpy()
         assert picture.max() > 200, "an all-black picture"

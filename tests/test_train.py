@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -27,12 +28,12 @@ from mnist_wandb.config import (
     RunConfig,
     ScheduleConfig,
     StepConfig,
-    override_config,
-    validate,
 )
 from mnist_wandb.data import Splits, batch_indices, load_dataset
 from mnist_wandb.errors import CheckpointError, DivergedError
+from mnist_wandb.loading import override_config, validate
 from mnist_wandb.models import build_model
+from mnist_wandb.optim import lr_factor, make_optimizer
 from mnist_wandb.train import (
     CheckpointReady,
     Event,
@@ -41,8 +42,6 @@ from mnist_wandb.train import (
     TrainResult,
     Validated,
     count_steps,
-    lr_factor,
-    make_optimizer,
     train,
 )
 
@@ -889,6 +888,27 @@ def test_a_finished_run_does_not_train_on_when_resumed(
     assert resumed.events == []
     assert resumed.result == finished.result
     assert_same_weights(resumed.model, finished.model)
+
+
+def test_a_long_epoch_is_saved_within_and_resumes_from_there(
+    run: Callable[..., Trained], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.modules["mnist_wandb.train"], "CHECKPOINT_SECONDS", 0.0)
+    overrides = (*EVERYTHING_ON, "training.epochs=2")
+    saved: list[tuple[int, bool]] = []
+
+    def save(event: Event) -> None:
+        if isinstance(event, CheckpointReady):
+            save_checkpoint(event.checkpoint, tmp_path / f"{event.checkpoint.step}.pt")
+            saved.append((event.checkpoint.step, event.end_of_epoch))
+
+    whole = run(*overrides, on_event=save)
+    assert saved == [(step, step in (7, 14)) for step in range(1, 15)]
+    expected = list(comparable(whole.events))
+    for step in (2, 10, 13):
+        resumed = run(*overrides, resume=load_checkpoint(tmp_path / f"{step}.pt"), model_seed=99)
+        assert list(comparable(resumed.events)) == [row for row in expected if row[0] > step]
+        assert_same_weights(resumed.model, whole.model)
 
 
 @pytest.fixture
