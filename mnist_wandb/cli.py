@@ -12,7 +12,6 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
 
-import click
 import typer
 
 from mnist_wandb import __version__
@@ -35,6 +34,9 @@ if TYPE_CHECKING:
 
 EXIT_DONE, EXIT_FAILED, EXIT_BAD_INPUT = 0, 1, 2
 EXIT_INTERRUPTED = 128  # plus the signal's number: 130 for Ctrl-C, 143 for SIGTERM
+
+# Newer releases of Typer carry their own copy of click: the class is taken from Typer's.
+USAGE_ERROR: Any = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
 
 app = typer.Typer(
     name="mnist-wandb",
@@ -474,10 +476,10 @@ def main(arguments: Sequence[str]) -> int:
         return _fail(str(error), EXIT_FAILED)
     except MnistWandbError as error:
         return _fail(str(error), EXIT_BAD_INPUT)
-    except click.ClickException as error:
-        hint = "; see `mnist-wandb --help`"
-        return _fail(error.format_message().rstrip(".") + hint, EXIT_BAD_INPUT)
-    except (click.exceptions.Abort, KeyboardInterrupt):
+    except USAGE_ERROR as error:
+        message = error.format_message().rstrip(".")
+        return _fail(f"{message}; see `mnist-wandb --help`", EXIT_BAD_INPUT)
+    except (typer.Abort, KeyboardInterrupt):
         return _fail("stopped", EXIT_INTERRUPTED + signal.SIGINT)
     except BrokenPipeError:  # `mnist-wandb show | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -34,7 +34,7 @@ ROWS = [
 ROW = {module: index for index, row in enumerate(ROWS) for module in row}
 LIGHT = ("errors", "layers", "config", "loading", "settings", "metrics", "runs", "cli")
 """Imported without torch and wandb, so that help and configuration errors come at once."""
-HOMES = {"wandb": {"tracking"}, "typer": {"cli"}, "click": {"cli"}, "rich": {"cli", "display"}}
+HOMES = {"wandb": {"tracking"}, "typer": {"cli"}, "rich": {"cli", "display"}}
 """Packages that stay in one room."""
 UNUSED = {"matplotlib", "sklearn", "pandas", "scipy"}
 MAX_LINES = 60
