@@ -62,7 +62,7 @@ class Checkpoint:
             model = build_model(self.config.model, self.image_shape, len(self.class_names))
         try:
             model.load_state_dict(self.weights, assign=True)
-        except (RuntimeError, TypeError) as error:
+        except (RuntimeError, TypeError, AttributeError) as error:
             raise CheckpointError(
                 f"the weights do not belong to the model {self.config.model.name!r}:"
                 f" {' '.join(str(error).split())[:200]}"

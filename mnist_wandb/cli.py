@@ -143,7 +143,7 @@ def _train(
     messages = make_console(stderr=True)
     logger = logging.getLogger("mnist_wandb")
     logger.setLevel(logging.WARNING if quiet else logging.INFO)
-    logger.addHandler(LogLines(messages))
+    logger.handlers = [LogLines(messages)]  # one, however often this is called in one process
     epochs = resolved.config.training.epochs
     with TrainingDisplay(messages, epochs=epochs, quiet=quiet) as display:
         outcome = run_experiment(
@@ -379,7 +379,7 @@ def configs() -> int:
     rows = []
     for name in preset_names():
         header = _preset_header(name)
-        rows.append((name, header.get("What", ""), header.get("Measured", "").split(",")[0]))
+        rows.append((name, header.get("What", ""), header.get("Measured", "").partition(" (")[0]))
     print_rows(make_console(), ("preset", "what it is", "measured"), rows)
     return EXIT_DONE
 

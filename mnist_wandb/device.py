@@ -66,7 +66,7 @@ def choose_plan(config: RunConfig) -> Plan:
         reason=reason,
         precision=precision,
         compile=config.training.compile is True,
-        channels_last=isinstance(config.model, CnnConfig | ResnetConfig),
+        channels_last=isinstance(config.model, CnnConfig | ResnetConfig) and device.type != "mps",
     )
 
 

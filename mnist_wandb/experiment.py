@@ -80,11 +80,12 @@ def run_experiment(
     log.info("device: %s (%s)", plan.device, plan.reason)
     splits = load_dataset(config.data, data_dir=settings.data_dir, device=plan.device)
     model = build_model(config.model, splits.image_shape, len(splits.class_names), seed=config.seed)
-    checkpoint = _load_last(resume, splits) if resume is not None else None
     with _open_folder(config, settings, preset, resume, count_parameters(model)) as folder:
-        if checkpoint is None:
+        checkpoint = None
+        if resume is None:
             folder.write_environment(_describe_environment(plan, splits, settings, preset, command))
         else:
+            checkpoint = _load_last(folder, splits)
             folder.truncate_metrics(checkpoint.step)
             folder.summary_path.unlink(missing_ok=True)
         session = _Session(config, settings, folder, plan, splits, preset, started)
@@ -166,7 +167,7 @@ class _Session:
                 should_stop=should_stop,
             )
             self.step, self.epoch = result.steps, result.epochs
-            self.training_seconds = result.training_seconds
+            self.training_seconds, self.images_used = result.training_seconds, result.images_used
             test = None if result.status == "interrupted" else self.score_test(model)
             return RunOutcome(self.end(result.status), test)
         except DivergedError as error:
@@ -264,14 +265,20 @@ class _Session:
             else {"mode": "disabled", "id": None},
             error=error,
         )
+        try:
+            self.folder.write_summary(summary)  # first: the end of the W&B run may have to wait
+        finally:
+            self.finish_wandb(status, summary)
+        return summary
+
+    def finish_wandb(self, status: str, summary: RunSummary) -> None:
+        """End the W&B run with an alert, an exit code and the summary's totals."""
         if self.wandb is not None:
             if self.config.tracking.alerts and status in ("finished", "early_stopped"):
                 accuracy = summary.metrics["test/accuracy"]
                 self.wandb.alert(f"{summary.name} {status}", f"test accuracy {accuracy:.4f}")
             keys = ("status", "num_parameters", "training_seconds", "images_per_second")
             self.wandb.finish(EXIT_CODES[status], {key: getattr(summary, key) for key in keys})
-        self.folder.write_summary(summary)
-        return summary
 
     @property
     def total_seconds(self) -> float:
@@ -301,7 +308,8 @@ def _open_folder(
             folder.write_config(config, preset)
         yield folder
     except MnistWandbError:
-        if resume is None and not folder.metrics_path.exists():  # nothing has been recorded
+        recorded = folder.metrics_path.exists() or folder.summary_path.exists()
+        if resume is None and not recorded:
             folder.remove()
         raise
     finally:

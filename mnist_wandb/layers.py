@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import itertools
 import json
 import math
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -110,7 +111,11 @@ def _construct_mapping(loader: _Loader, node: yaml.Node) -> dict[str, Any]:
         raise _error("not a mapping", node)
     seen: dict[str, yaml.Mark] = {}
     for key_node, _ in node.value:
-        if not isinstance(key_node, yaml.ScalarNode) or key_node.tag.endswith(":null"):
+        if (
+            not isinstance(key_node, yaml.ScalarNode)
+            or key_node.tag.endswith(":null")
+            or re.search("[\ud800-\udfff]", key_node.value)
+        ):
             raise _error("a key must be plain text", key_node)
         if key_node.value in seen and key_node.value != "<<":
             first = seen[key_node.value].line + 1
@@ -181,7 +186,9 @@ def _collect_marks(
             _collect_marks(item, (*path, index), marks)
 
 
-def _refuse_recursion(node: yaml.Node, above: frozenset[int]) -> None:
+def _refuse_recursion(node: yaml.Node, above: frozenset[int], visits: Iterator[int]) -> None:
+    if next(visits) > MOST_VALUES:
+        raise _error(f"more than {MOST_VALUES:,} values (aliases of aliases?)", node)
     if id(node) in above:
         raise _error("an alias of itself", node)
     if isinstance(node, yaml.CollectionNode) and len(above) > 2 * DEEPEST_KEY:
@@ -189,10 +196,10 @@ def _refuse_recursion(node: yaml.Node, above: frozenset[int]) -> None:
     above |= {id(node)}
     if isinstance(node, yaml.MappingNode):
         for _, value in node.value:
-            _refuse_recursion(value, above)
+            _refuse_recursion(value, above, visits)
     elif isinstance(node, yaml.SequenceNode):
         for value in node.value:
-            _refuse_recursion(value, above)
+            _refuse_recursion(value, above, visits)
 
 
 def parse_yaml(text: str, label: str) -> Layer:
@@ -211,7 +218,7 @@ def parse_yaml(text: str, label: str) -> Layer:
         try:
             node = loader.get_single_node()
             if node is not None:
-                _refuse_recursion(node, frozenset())
+                _refuse_recursion(node, frozenset(), itertools.count())
             _collect_marks(node, (), marks)
             values = loader.construct_document(node) if node is not None else {}
         finally:

@@ -68,7 +68,8 @@ def lr_factor(config: ScheduleConfig, step: int, total_steps: int, steps_per_epo
         case OneCycleConfig(
             warmup_fraction=warmup, start_fraction=start, final_fraction=final, anneal=anneal
         ):
-            peak, last = warmup * total_steps - 1, total_steps - 1
+            peak = warmup * total_steps - 1 if warmup else 0.0
+            last = total_steps - 1
             linear = anneal == "linear"
             if step < peak:
                 return _blend(start, 1.0, step / peak, linear=linear)

@@ -158,7 +158,7 @@ class RunFolder:
         with contextlib.suppress(OSError, RuntimeError, ValueError):  # not a path at all
             path = Path(spec).expanduser()
             if (path / "config.yaml").is_file():
-                return cls(path if path.name else path.absolute())
+                return cls(path if path.name not in ("", "..") else path.resolve())
         runs = list_runs(root)
         if spec == "latest" and runs:
             return runs[-1]
@@ -201,7 +201,7 @@ class RunFolder:
         self._write(self.environment_path, json.dumps(environment, indent=2) + "\n")
 
     def write_summary(self, summary: RunSummary) -> None:
-        """Write the summary, last of all."""
+        """Write the summary, last of all files of the folder."""
         self._write(
             self.summary_path, json.dumps(asdict(summary), indent=2, allow_nan=False) + "\n"
         )

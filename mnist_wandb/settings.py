@@ -77,7 +77,7 @@ def load_settings(env_file: Path | None = Path(".env")) -> Settings:
     if mode is not None and mode not in WANDB_MODES:
         raise ConfigError(f"WANDB_MODE: got {mode!r}, allowed: {', '.join(WANDB_MODES)}")
     base_url = environment.get("WANDB_BASE_URL") or DEFAULT_BASE_URL
-    if not re.fullmatch(r"https?://[A-Za-z0-9.:\[\]_-]+(/.*)?", base_url):
+    if not _is_address(base_url):
         raise ConfigError(
             f"WANDB_BASE_URL: got {base_url!r}, expected an address like https://wandb.example.org"
         )
@@ -125,6 +125,15 @@ def choose_wandb_mode(config: RunConfig, settings: Settings) -> tuple[WandbMode,
     if settings.api_key_source is not None:
         return "online", f"API key in {settings.api_key_source}"
     return "offline", "no API key found"
+
+
+def _is_address(text: str) -> bool:
+    try:
+        parts = urlsplit(text)
+        found = parts.hostname and (parts.port is None or parts.port > 0)
+    except ValueError:
+        return False
+    return bool(found and re.fullmatch(r"https?://[A-Za-z0-9.:\[\]_-]+(/.*)?", text))
 
 
 def _folder(environment: Mapping[str, str], variable: str, default: str) -> Path:

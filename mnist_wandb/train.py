@@ -92,7 +92,8 @@ class TrainResult:
         steps: optimizer steps done.
         epochs: epochs done (a fraction where the run ended within one).
         training_seconds: time spent in training steps, without validation and checkpoints.
-        images_per_second: images used divided by `training_seconds`.
+        images_used: training images used, each as often as it was.
+        images_per_second: `images_used` divided by `training_seconds`.
         best_epoch: epoch of the best validation accuracy, 0 before the first validation.
         best_accuracy: that accuracy in [0, 1].
     """
@@ -101,6 +102,7 @@ class TrainResult:
     steps: int
     epochs: float
     training_seconds: float
+    images_used: int
     images_per_second: float
     best_epoch: float
     best_accuracy: float
@@ -323,6 +325,7 @@ class _Loop:
             steps=state.step,
             epochs=self.epoch_at(state.step),
             training_seconds=seconds,
+            images_used=images,
             images_per_second=images / seconds if seconds else 0.0,
             best_epoch=state.best_epoch,
             best_accuracy=max(0.0, state.best_accuracy),

@@ -229,7 +229,7 @@ def test_half_a_pixel_of_elastic_distortion_changes_digits_little(digits: Splits
 
 
 @pytest.mark.parametrize("height", [28, 29])
-@pytest.mark.parametrize("fraction", [0.02, 0.1, 0.25, 0.3])
+@pytest.mark.parametrize("fraction", [0.02, 0.1, 0.25, 0.3, 0.4, 0.5])
 def test_erasing_blackens_one_rectangle_of_the_given_area(fraction: float, height: int) -> None:
     white = torch.full((1000, 1, height, 28), 255, dtype=torch.uint8)
     torch.manual_seed(0)

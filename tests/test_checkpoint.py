@@ -156,6 +156,15 @@ def test_a_full_disk_leaves_the_previous_checkpoint_as_it_was(
     assert not list(saved.parent.glob(".best.pt*"))
 
 
+@pytest.mark.parametrize("name", [".best.pt.tmp", "best.pt"])
+def test_a_folder_in_the_way_is_an_error(name: str, checkpoint: Checkpoint, tmp_path: Path) -> None:
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "mine").touch()  # what cannot be written to cannot be cleaned up either
+    with pytest.raises(RunError, match=r"best\.pt: cannot be written: (Is a directory|\S+)"):
+        save_checkpoint(checkpoint, tmp_path / "best.pt")
+    assert (tmp_path / name / "mine").exists()
+
+
 # ── reading what is no checkpoint ────────────────────────────────────────────────────────────
 
 
@@ -186,6 +195,15 @@ def test_a_truncated_checkpoint_is_refused(share: float, saved: Path) -> None:
     content = saved.read_bytes()
     saved.write_bytes(content[: int(len(content) * share)])
     with pytest.raises(CheckpointError, match=r"best\.pt: not a checkpoint, or truncated"):
+        load_checkpoint(saved)
+
+
+@pytest.mark.parametrize("position", [0.3, 0.5, 0.7])
+def test_a_checkpoint_with_a_damaged_middle_is_refused(position: float, saved: Path) -> None:
+    content = bytearray(saved.read_bytes())
+    content[int(len(content) * position)] ^= 0x10
+    saved.write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"best\.pt: damaged \(\S+ has a wrong checksum\)"):
         load_checkpoint(saved)
 
 
@@ -234,6 +252,13 @@ def test_a_configuration_that_is_not_valid_here_is_explained(saved: Path) -> Non
 @pytest.mark.parametrize("other", [{"name": "cnn_small"}, {"name": "mlp", "hidden_sizes": [13]}])
 def test_weights_of_another_model_are_refused(other: dict[str, Any], saved: Path) -> None:
     weights: dict[str, Tensor] = build_model(config_with(**other).model).state_dict()
+    rewrite(saved, lambda content: {**content, "weights": weights})
+    with pytest.raises(CheckpointError, match="the weights do not belong to the model 'mlp': "):
+        load_checkpoint(saved).build_model()
+
+
+@pytest.mark.parametrize("weights", [[1], None, "x", {}, {"a": 1}, {1: torch.zeros(1)}], ids=str)
+def test_weights_of_another_form_are_refused(weights: Any, saved: Path) -> None:
     rewrite(saved, lambda content: {**content, "weights": weights})
     with pytest.raises(CheckpointError, match="the weights do not belong to the model 'mlp': "):
         load_checkpoint(saved).build_model()

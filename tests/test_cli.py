@@ -327,7 +327,11 @@ def test_doctor_reports_versions_devices_folders_and_login(cli: Cli, mnist_like:
 
 def test_help_documents_every_section_and_exit_codes(cli: Cli) -> None:
     out = cli("run", "--help").out
-    for text in ("training.epochs [10]: Passes over", "optimizer.name [adamw]: One of sgd", "--resume RUN"):
+    for text in (
+        "training.epochs [10]: Passes over",
+        "optimizer.name [adamw]: One of sgd",
+        "--resume RUN",
+    ):
         assert text in out
     assert "130 Ctrl-C" in cli("--help").out
     assert cli("--version").out.startswith("mnist-wandb ")

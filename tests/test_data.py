@@ -5,6 +5,7 @@ import gzip
 import hashlib
 import re
 import shutil
+import socketserver
 import threading
 import time
 from collections import Counter
@@ -228,6 +229,18 @@ def test_read_idx_rejects_damaged_gz(content: bytes, tmp_path: Path) -> None:
         read_idx(path)
 
 
+def test_read_idx_rejects_gz_with_a_damaged_middle(tmp_path: Path) -> None:
+    noise = np.random.default_rng(0).integers(0, 30, 5000).astype(np.uint8).tobytes()
+    packed = gzip.compress(b"\0\0\x08\1\0\0\x13\x88" + noise)
+    path = tmp_path / "file.gz"
+    for position in range(20, len(packed), 50):
+        damaged = bytearray(packed)
+        damaged[position] ^= 0x55
+        path.write_bytes(damaged)
+        with pytest.raises(DatasetError, match=r"file\.gz: cannot be read: "):
+            read_idx(path)
+
+
 def test_load_dataset_reads_packed_files_like_plain_ones(mnist_like: Path) -> None:
     plain = load(mnist_like)
     for path in (mnist_like / "MNIST" / "raw").iterdir():
@@ -312,6 +325,16 @@ def test_missing_files_without_network_are_one_clear_error(dataset: str, tmp_pat
     assert "MNIST_WANDB_DATA_DIR or data.dir" in message
     assert "data.dataset=digits, which needs no download" in message
     assert "\n" not in message
+    assert set(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.usefixtures("no_network")
+@pytest.mark.parametrize("folder", ["a/b/c", "there", "there/new"])
+def test_failed_download_leaves_the_folders_as_they_were(folder: str, tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    before = set(tmp_path.rglob("*"))
+    with pytest.raises(DatasetError, match="could not be downloaded"):
+        load(tmp_path / folder)
     assert set(tmp_path.rglob("*")) == before
 
 
@@ -444,6 +467,32 @@ def test_download_with_wrong_checksum_is_refused(
     with pytest.raises(DatasetError, match=rf"could not be downloaded \(.*{damaged}.*corrupted"):
         load(tmp_path / "got")
     assert set(tmp_path.rglob("*")) == before
+
+
+class Rubbish(socketserver.BaseRequestHandler):
+    """Answers, but not in HTTP."""
+
+    def handle(self) -> None:
+        self.request.recv(65536)
+        self.request.sendall(b"rubbish\r\n\r\n")
+
+
+def test_answer_that_is_not_http_is_a_clear_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Rubbish) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        monkeypatch.setenv("no_proxy", "*")
+        url = f"http://127.0.0.1:{server.server_address[1]}/"
+        monkeypatch.setattr(torchvision.datasets.MNIST, "mirrors", [url])
+        try:
+            with pytest.raises(DatasetError, match="could not be downloaded"):
+                load(tmp_path / "new")
+        finally:
+            server.shutdown()
+            thread.join()
+    assert not (tmp_path / "new").exists()
 
 
 def test_qmnist_labels_are_the_first_of_eight_columns(tmp_path: Path) -> None:
@@ -648,6 +697,12 @@ def test_scaling_maps_black_and_white_to_its_ends(scaling: str, low: float, high
     assert inputs.dtype == torch.float32
     assert inputs.flatten().tolist() == pytest.approx([low, high], abs=1e-6)
     assert images.flatten().tolist() == [0, 255]
+
+
+def test_scaling_leaves_float_images_as_they_were() -> None:
+    images = torch.full((1, 1, 2, 2), 255.0)
+    assert Preprocessing.fit("unit", 0.2, 0.4)(images).flatten().tolist() == [1.0] * 4
+    assert (images == 255).all()
 
 
 def test_standardize_gives_mean_0_and_std_1_on_the_training_split(digits: Splits) -> None:

@@ -132,6 +132,14 @@ def test_deterministic_mode_puts_the_global_switches_back(
 
 
 @pytest.mark.usefixtures("switches")
+def test_deterministic_mode_refuses_where_the_user_only_wants_a_warning() -> None:
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    with deterministic_mode(True):
+        assert not torch.is_deterministic_algorithms_warn_only_enabled()
+    assert torch.is_deterministic_algorithms_warn_only_enabled()
+
+
+@pytest.mark.usefixtures("switches")
 def test_deterministic_mode_refuses_an_operation_without_a_deterministic_form() -> None:
     def put() -> None:
         torch.zeros(3).put_(torch.tensor([0, 0]), torch.tensor([1.0, 2.0]))

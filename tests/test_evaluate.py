@@ -248,6 +248,11 @@ def test_an_override_that_is_not_valid_is_refused(
         )
 
 
+def test_the_training_split_is_not_scored(trained: tuple[nn.Module, Path], tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"^split: got 'train', allowed: val, test$"):
+        evaluate_checkpoint(trained[1], split="train", data_dir=tmp_path)
+
+
 # ── single pictures ──────────────────────────────────────────────────────────────────────────
 
 

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import csv
-import importlib.metadata
 import json
 import os
 import re
@@ -15,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from mnist_wandb import __version__
 from mnist_wandb.checkpoint import load_checkpoint
@@ -172,6 +172,25 @@ def test_a_run_that_is_not_there_is_named_beside_the_newest(tmp_path: Path) -> N
         RunFolder.find("22222222", root)
 
 
+@pytest.mark.parametrize("spec", ["~nobody", "~nobody/x", "x" * 300, "a\0b", ""])
+def test_a_text_that_is_no_path_is_no_run(spec: str, tmp_path: Path) -> None:
+    make_run(tmp_path)
+    with pytest.raises(RunError) as caught:
+        RunFolder.find(spec, tmp_path)
+    assert str(caught.value).startswith(f"{spec}: no run folder of that path, name or id in ")
+
+
+@pytest.mark.parametrize(("inside", "spec"), [("", "."), ("", "./"), ("checkpoints", "..")])
+def test_a_run_is_found_from_inside_its_folder(
+    inside: str, spec: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = make_run(tmp_path, run_id="abc123")
+    monkeypatch.chdir(folder.path / inside)
+    found = RunFolder.find(spec, tmp_path)
+    assert found.path.samefile(folder.path)
+    assert found.run_id == "abc123"
+
+
 def test_an_id_of_several_runs_is_refused(tmp_path: Path) -> None:
     rename(make_run(tmp_path), "20250101-000000-a-12345678")
     rename(make_run(tmp_path), "20250102-000000-b-12345678")
@@ -225,18 +244,23 @@ def test_metrics_come_back_as_they_were_appended(tmp_path: Path) -> None:
     assert len(folder.metrics_path.read_text().splitlines()) == 2
 
 
-@pytest.mark.parametrize("torn", ['{"step": 14, "epo', "{", "\x00\x00\x00"])
-def test_a_torn_last_line_is_left_out(torn: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "torn", [b'{"step": 14, "epo', b"{", b"\0\0\0", b'{"step": 9, "\xff\xfe', b"5", b"{}"]
+)
+def test_a_torn_last_line_is_left_out(torn: bytes, tmp_path: Path) -> None:
     folder = make_run(tmp_path)
     folder.append_metrics({"step": 7})
-    with folder.metrics_path.open("a") as file:
+    with folder.metrics_path.open("ab") as file:
         file.write(torn)
     assert folder.read_metrics() == [{"step": 7}]
 
 
-def test_a_damaged_line_in_the_middle_is_named_by_its_number(tmp_path: Path) -> None:
+@pytest.mark.parametrize("damaged", [b'{"step": ', b"5", b"[1]", b"{}", b"\xff\xfe", b""])
+def test_a_damaged_line_in_the_middle_is_named_by_its_number(
+    damaged: bytes, tmp_path: Path
+) -> None:
     folder = make_run(tmp_path)
-    folder.metrics_path.write_text('{"step": 1}\n{"step": \n{"step": 3}\n')
+    folder.metrics_path.write_bytes(b'{"step": 1}\n' + damaged + b'\n{"step": 3}\n')
     with pytest.raises(RunError) as caught:
         folder.read_metrics()
     assert str(caught.value) == f"{folder.metrics_path}:2: damaged line"
@@ -321,10 +345,25 @@ def test_a_summary_that_cannot_be_written_leaves_the_previous_one(tmp_path: Path
     assert folder.read_summary() == asdict(SUMMARY)
 
 
-def test_a_damaged_summary_is_an_error(tmp_path: Path) -> None:
+def test_a_summary_that_cannot_be_cleaned_up_after_is_an_error_too(tmp_path: Path) -> None:
     folder = make_run(tmp_path)
-    folder.summary_path.write_text('{"status": ')
-    with pytest.raises(RunError, match=r"summary\.json: cannot be read: "):
+    (folder.path / ".summary.json.tmp").mkdir()
+    with pytest.raises(RunError, match=r"summary\.json: cannot be written: Is a directory"):
+        folder.write_summary(SUMMARY)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"status": ', "cannot be read: "),
+        ("[1]", "damaged: expected one JSON object"),
+        ("null", "damaged: expected one JSON object"),
+    ],
+)
+def test_a_damaged_summary_is_an_error(content: str, message: str, tmp_path: Path) -> None:
+    folder = make_run(tmp_path)
+    folder.summary_path.write_text(content)
+    with pytest.raises(RunError, match=rf"summary\.json: {message}"):
         folder.read_summary()
 
 
@@ -397,7 +436,7 @@ def test_the_summary_agrees_with_the_metrics_and_with_a_second_scoring() -> None
     assert summary.wandb == {"mode": "disabled", "id": None}
     assert summary.run_dir == str(folder.path)
     assert 0 < summary.training_seconds < summary.total_seconds
-    assert summary.images_per_second == pytest.approx(200 / summary.training_seconds, rel=0.05)
+    assert_images_used(summary, 200)
     best = load_checkpoint(folder.checkpoint_path("best"))
     splits = load_dataset(QUICK.data)
     again = evaluate(best.build_model(), splits.test, best.preprocessing).metrics("test")
@@ -407,6 +446,12 @@ def test_the_summary_agrees_with_the_metrics_and_with_a_second_scoring() -> None
     assert accuracy == pytest.approx(latest["test/accuracy"], abs=0.01)
     counts = [line.split(",")[1:] for line in folder.confusion_path.read_text().splitlines()[1:]]
     assert np.trace(np.array(counts, int)) / 359 == pytest.approx(latest["test/accuracy"])
+
+
+def assert_images_used(summary: RunSummary, count: int) -> None:
+    """The summary's rate times its seconds, which are rounded to thousandths."""
+    seconds, rate = summary.training_seconds, summary.images_per_second
+    assert rate * (seconds - 0.0006) < count < rate * (seconds + 0.0006)
 
 
 def test_the_environment_says_what_the_run_ran_on() -> None:
@@ -420,7 +465,7 @@ def test_the_environment_says_what_the_run_ran_on() -> None:
     assert environment["command"] == ["mnist-wandb", "run", "seed=0"]
     assert environment["preset"] == "quickstart"
     assert environment["versions"]["mnist-wandb"] == __version__
-    assert environment["versions"]["torch"] == importlib.metadata.version("torch")
+    assert environment["versions"]["torch"] == torch.__version__
     assert environment["num_images"] == {"train": 100, "val": 144, "test": 359}
     assert environment["data_fingerprint"] == load_dataset(QUICK.data).fingerprint
     assert environment["git_commit"] is None  # the tests' folder is in no repository
@@ -486,6 +531,20 @@ def test_an_interrupted_run_is_continued_in_its_folder() -> None:
     assert folder.read_summary() == asdict(second.summary)
 
 
+def test_an_interrupted_run_counts_every_image_that_it_used() -> None:
+    assert_images_used(run_quick(should_stop=stop_at(5)).summary, 5 * 16)  # logged at step 3
+
+
+def test_a_run_killed_before_its_summary_has_one_test_row_after_resuming() -> None:
+    run_quick()
+    expected = only_run().read_metrics()
+    only_run().summary_path.unlink()
+    run_quick(resume=only_run())
+    found = only_run().read_metrics()
+    assert found == expected
+    assert [row["step"] for row in found if "test/loss" in row] == [14]
+
+
 def test_a_run_without_a_checkpoint_cannot_be_resumed() -> None:
     folder = make_run(Path("runs"))
     with pytest.raises(RunError, match="stopped before its first checkpoint; start it again with"):
@@ -531,6 +590,37 @@ def test_a_diverged_run_says_so_in_its_summary() -> None:
     assert only_run().read_config() == config
 
 
+def test_a_gradient_that_overflows_before_the_loss_does_is_a_divergence_too() -> None:
+    config = override_config(
+        QUICK,
+        (
+            *("model.name=mlp_64x3", "optimizer.name=sgd", "optimizer.lr=10"),
+            *("data.train_size=200", "training.batch_size=32"),
+            *("schedule.name=constant", "tracking.log_every_steps=1"),
+        ),
+    )
+    with pytest.raises(DivergedError):
+        run_quick(config)
+    summary = only_run().read_summary()
+    assert summary is not None
+    assert summary["status"] == "diverged"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs the device /dev/full")
+def test_a_full_disk_ends_the_run_and_keeps_its_folder() -> None:
+    def fill(event: Event) -> None:
+        if isinstance(event, StepDone) and event.step == 9:
+            for path in ("checkpoints/.last.pt.tmp", "checkpoints/.best.pt.tmp"):
+                (only_run().path / path).symlink_to("/dev/full")
+            (only_run().path / ".summary.json.tmp").symlink_to("/dev/full")
+
+    with pytest.raises(RunError, match=r"checkpoints/\w+\.pt: cannot be written: "):
+        run_quick(emit=fill)
+    assert load_checkpoint(only_run().checkpoint_path("last")).step == 7
+    assert only_run().read_metrics()[-1]["step"] == 14
+    assert only_run().read_summary() is None
+
+
 def test_a_failed_run_says_so_in_its_summary_and_keeps_its_checkpoint() -> None:
     def fail(event: Event) -> None:
         if isinstance(event, StepDone) and event.step == 9:
@@ -568,6 +658,16 @@ def test_an_event_is_recorded_before_it_is_passed_on() -> None:
     [
         (("data.train_size=5000",), ConfigError, "data.train_size: 5000 is more than the 1294"),
         (("device=cuda:99",), ConfigError, "device: cuda:99 is not on this machine"),
+        (
+            ("model.name=mlp_128", "model.batch_norm=true", "training.batch_size=33"),
+            ConfigError,
+            "training.batch_size: 33 leaves a batch of one of the 100 training images",
+        ),
+        (
+            ("model.name=mlp_128", "model.batch_norm=true", "training.batch_size=1"),
+            ConfigError,
+            "training.batch_size: 1 leaves a batch of one of the 100 training images",
+        ),
     ],
 )
 def test_an_error_before_training_leaves_no_folder(
@@ -575,7 +675,7 @@ def test_an_error_before_training_leaves_no_folder(
 ) -> None:
     with pytest.raises(error, match=text):
         run_quick(override_config(QUICK, overrides))
-    assert not Path("runs").exists()
+    assert not list(Path().rglob("runs/*"))
 
 
 def test_a_runs_folder_that_cannot_be_made_ends_the_run_before_training(tmp_path: Path) -> None:

@@ -79,9 +79,17 @@ def test_a_missing_or_empty_env_file_changes_nothing(content: bytes | None) -> N
     assert dict(os.environ) == before
 
 
-def test_load_settings_rejects_an_env_file_that_is_not_text() -> None:
-    Path(".env").write_bytes(b"\xff\xfe=1")
-    with pytest.raises(ConfigError, match=r"^\.env: cannot be read: .*utf-8"):
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"\xff\xfe=1", ".*utf-8"),
+        (b"TESTED=x\0y\n", "embedded null"),
+        (b"A\0B=1\n", "embedded null"),
+    ],
+)
+def test_load_settings_rejects_an_env_file_that_is_not_text(content: bytes, reason: str) -> None:
+    Path(".env").write_bytes(content)
+    with pytest.raises(ConfigError, match=rf"^\.env: cannot be read: {reason}"):
         load_settings()
 
 
@@ -109,6 +117,45 @@ def test_folders_come_from_the_environment(
     assert getattr(load_settings(), field) == Path.home() / "elsewhere"
     monkeypatch.setenv(variable, "")
     assert getattr(load_settings(), field) == default
+
+
+@pytest.mark.parametrize("variable", ["MNIST_WANDB_DATA_DIR", "MNIST_WANDB_RUNS_DIR"])
+def test_a_folder_of_an_unknown_user_is_rejected(
+    variable: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(variable, "~nosuchuser/x")
+    with pytest.raises(ConfigError, match=rf"^{variable}: got '~nosuchuser/x': Could not determ"):
+        load_settings()
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        *("http://[bad", "http://[bad]/x", "http://]", "ftp://x", "wandb.example.org", "https://"),
+        *("http://a b", "http://x\n"),
+    ],
+)
+def test_load_settings_rejects_an_address_of_another_form(
+    address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_BASE_URL", address)
+    with pytest.raises(ConfigError) as caught:
+        load_settings()
+    assert str(caught.value) == (
+        f"WANDB_BASE_URL: got {address!r}, expected an address like https://wandb.example.org"
+    )
+
+
+@pytest.mark.parametrize("run_id", ["my-run", "a/b", "é", "a b", "x\n", "x" * 65])
+def test_load_settings_rejects_a_run_id_that_no_folder_name_can_end_with(
+    run_id: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_RUN_ID", run_id)
+    with pytest.raises(ConfigError) as caught:
+        load_settings()
+    assert str(caught.value) == (
+        f"WANDB_RUN_ID: got {run_id!r}, allowed: letters, digits, underscore"
+    )
 
 
 def test_load_settings_reads_what_an_agent_sets(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -187,6 +234,12 @@ def test_a_broken_netrc_does_not_hide_the_next_one(monkeypatch: pytest.MonkeyPat
     path = write_netrc("api.wandb.ai", monkeypatch, Path.home() / ".netrc")
     Path("bad").write_text("nonsense here")
     monkeypatch.setenv("NETRC", "bad")
+    assert load_settings().api_key_source == str(path)
+
+
+def test_a_netrc_of_an_unknown_user_is_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_netrc("api.wandb.ai", monkeypatch, Path.home() / ".netrc")
+    monkeypatch.setenv("NETRC", "~nosuchuser/netrc")
     assert load_settings().api_key_source == str(path)
 
 

@@ -30,7 +30,7 @@ from mnist_wandb.config import (
     StepConfig,
 )
 from mnist_wandb.data import Splits, batch_indices, load_dataset
-from mnist_wandb.errors import CheckpointError, DivergedError
+from mnist_wandb.errors import CheckpointError, ConfigError, DivergedError
 from mnist_wandb.loading import override_config, validate
 from mnist_wandb.models import build_model
 from mnist_wandb.optim import lr_factor, make_optimizer
@@ -257,6 +257,17 @@ def test_one_cycle_is_that_of_torch(
     assert our_curve(config, total) == pytest.approx(expected, rel=1e-9, abs=1e-15)
 
 
+@pytest.mark.parametrize("anneal", ["cosine", "linear"])
+@pytest.mark.parametrize("total", [1, 2, 3, 57])
+def test_one_cycle_without_warmup_starts_at_the_peak_and_only_falls(
+    total: int, anneal: str
+) -> None:
+    curve = our_curve(OneCycleConfig(warmup_fraction=0, anneal=anneal), total)
+    assert curve[0] == 1
+    assert curve == sorted(curve, reverse=True)
+    assert total == 1 or curve[-1] == pytest.approx(4e-6)
+
+
 @pytest.mark.parametrize("total", [1, 2, 3, 40])
 @pytest.mark.parametrize("final", [0.0, 0.1])
 def test_cosine_without_warmup_is_that_of_torch(total: int, final: float) -> None:
@@ -294,6 +305,7 @@ def test_step_is_that_of_torch(every: int, gamma: float) -> None:
         CosineConfig(warmup_fraction=0.5),
         CosineConfig(warmup_fraction=0.99),
         OneCycleConfig(),
+        OneCycleConfig(warmup_fraction=0),
         OneCycleConfig(warmup_fraction=0.5),
         OneCycleConfig(warmup_fraction=0.99, anneal="linear"),
     ],
@@ -521,6 +533,24 @@ def test_logged_training_values_are_means_over_images(
         assert row.images_used == sum(sizes[:since])
     assert since == len(sizes)
     assert_same_weights(trained.model, each.model)
+
+
+@pytest.mark.parametrize("batch_size", [1, 33, 99])
+def test_a_batch_of_one_image_is_refused_where_batch_norm_needs_two(
+    batch_size: int, run: Callable[..., Trained]
+) -> None:
+    overrides = (*TINY, f"training.batch_size={batch_size}", "training.epochs=1")
+    events: list[Event] = []
+    model = section("model", name="mlp", hidden_sizes=[8], batch_norm=True)
+    with pytest.raises(ConfigError) as caught:
+        run(*overrides, model, on_event=events.append)
+    assert str(caught.value) == (
+        f"training.batch_size: {batch_size} leaves a batch of one of the 100 training images, and"
+        " batch normalisation needs two; choose another size"
+    )
+    assert events == []
+    plain = section("model", name="mlp", hidden_sizes=[8])
+    assert run(*overrides, plain).result.status == "finished"
 
 
 # ── loss, precision, input ───────────────────────────────────────────────────────────────────
@@ -781,6 +811,16 @@ def test_early_stopping_counts_only_gains_above_min_delta(
     assert_same_weights(trained.model, trained.weights_by_epoch[best])
 
 
+def test_a_patience_that_ends_with_the_last_epoch_has_stopped_nothing(
+    run: Callable[..., Trained],
+) -> None:
+    trained = run(
+        *(*TINY, "model.name=linear", "optimizer.lr=1e-12", "training.epochs=3"),
+        "training.early_stopping.patience=2",
+    )
+    assert (trained.result.status, trained.result.epochs) == ("finished", 3)
+
+
 def test_a_model_that_keeps_getting_better_is_not_stopped(run: Callable[..., Trained]) -> None:
     trained = run(*TINY, "model.name=linear", "training.early_stopping.patience=1", "seed=1")
     assert trained.values("val/accuracy") == sorted(set(trained.values("val/accuracy")))
@@ -848,6 +888,24 @@ def test_every_optimizer_resumes_bit_for_bit_even_twice(
     rows = [row for session in (first, second, third) for row in comparable(session.events)]
     assert rows == list(comparable(whole.events))
     assert_same_weights(third.model, whole.model)
+
+
+@pytest.mark.parametrize("steps", [1, 4, 5, 6])
+def test_an_interrupted_run_counts_all_images_that_it_used(
+    steps: int, run: Callable[..., Trained]
+) -> None:
+    stopped = run(*TINY, "model.name=linear", should_stop=stop_after(steps)).result
+    used = stopped.images_per_second * stopped.training_seconds
+    assert used == pytest.approx(steps * 16)
+
+
+def test_a_run_interrupted_before_its_first_validation_has_no_scores_yet(
+    run: Callable[..., Trained],
+) -> None:
+    stopped = run(*TINY, "model.name=linear", should_stop=stop_after(4))
+    (ready,) = [e for e in stopped.events if isinstance(e, CheckpointReady)]
+    assert ready.checkpoint.metrics == {}
+    assert (stopped.result.best_epoch, stopped.result.best_accuracy) == (0, 0)
 
 
 def test_an_interrupted_model_holds_the_last_weights(
@@ -922,6 +980,10 @@ def stopped_checkpoint(run: Callable[..., Trained], tmp_path: Path) -> Checkpoin
     [
         (("model.name=mlp_128",), "this state cannot be continued"),
         (("training.ema_decay=0.9",), "this state cannot be continued"),
+        (
+            ("optimizer.name=sgd",),
+            "this state is of optimizer 'adamw', the configuration has 'sgd'",
+        ),
     ],
 )
 def test_a_state_of_another_configuration_is_refused(
