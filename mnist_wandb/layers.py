@@ -172,15 +172,11 @@ def _collect_marks(
     node: yaml.Node | None, path: KeyPath, marks: dict[KeyPath, tuple[int, int]]
 ) -> None:
     if isinstance(node, yaml.MappingNode):
-        if len(marks) > MOST_VALUES:
-            raise ValueError(f"more than {MOST_VALUES:,} values (aliases of aliases?)")
         for key_node, value_node in node.value:
             below = (*path, str(key_node.value))
             marks[below] = (key_node.start_mark.line + 1, key_node.start_mark.column + 1)
             _collect_marks(value_node, below, marks)
     elif isinstance(node, yaml.SequenceNode):
-        if len(marks) > MOST_VALUES:
-            raise ValueError(f"more than {MOST_VALUES:,} values (aliases of aliases?)")
         for index, item in enumerate(node.value):
             marks[*path, index] = (item.start_mark.line + 1, item.start_mark.column + 1)
             _collect_marks(item, (*path, index), marks)
