@@ -6,11 +6,12 @@ import os
 import struct
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import pexpect
 import pytest
 import torch
 
@@ -86,6 +87,31 @@ def program() -> Callable[..., Finished]:
         return Finished(done.returncode, done.stdout, done.stderr)
 
     return call
+
+
+Terminal = Callable[..., "pexpect.spawn[str]"]
+
+
+@pytest.fixture
+def terminal() -> Iterator[Terminal]:
+    """Run a command in a terminal; what is left of it at the test's end is killed."""
+    children: list[pexpect.spawn[str]] = []
+
+    def spawn(*arguments: str) -> pexpect.spawn[str]:
+        child = pexpect.spawn(
+            sys.executable,
+            ["-m", "mnist_wandb", *arguments],
+            timeout=120,
+            encoding="utf-8",
+            dimensions=(40, 200),
+            env={**os.environ, "TERM": "xterm-256color"},
+        )
+        children.append(child)
+        return child
+
+    yield spawn
+    for child in children:
+        child.close(force=True)
 
 
 @pytest.fixture

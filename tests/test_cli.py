@@ -13,7 +13,7 @@ from pathlib import Path
 import pexpect
 import pytest
 import yaml
-from conftest import FAST, Finished
+from conftest import FAST, Finished, Terminal
 from jsonschema import Draft202012Validator
 from PIL import Image
 
@@ -116,16 +116,9 @@ def test_run_reads_sweep_parameters_of_an_agent(
     assert facts["config"]["seed"] == 8
 
 
-def test_live_bar_on_a_terminal() -> None:
-    child = pexpect.spawn(
-        sys.executable,
-        ["-m", "mnist_wandb", "run", "training.batch_size=4", "training.epochs=2", FAST[0]],
-        dimensions=(40, 140),
-        timeout=60,
-        encoding="utf-8",
-        env={**os.environ, "TERM": "xterm-256color"},
-    )
-    child.expect(r"epoch 1/2 .*━.*/288.* loss [\d.]+  accuracy [\d.]+  [\d,]+ images/s .*0:00:0")
+def test_live_bar_on_a_terminal(terminal: Terminal) -> None:
+    child = terminal("run", "training.batch_size=4", "training.epochs=2", FAST[0])
+    child.expect(r"epoch 1/2 .*━.*/288.* loss [\d.]+  accuracy [\d.]+  [\d,]+ images/s .*0:00:")
     child.expect("epoch 2/2 .*val loss")
     child.expect("use it .*mnist-wandb predict runs/")
     child.expect(pexpect.EOF)

@@ -14,7 +14,7 @@ from typing import Any
 
 import pexpect
 import pytest
-from conftest import Finished
+from conftest import Finished, Terminal
 
 # Dropout, augmentation, momentum and EMA are on: all randomness and all state must come back.
 OVERRIDES = (
@@ -109,14 +109,9 @@ def test_a_stopped_run_continues_to_the_very_same_numbers(
     assert "this run is finished; nothing is left to resume" in again.err
 
 
-def test_a_second_ctrl_c_stops_at_once() -> None:
-    slow = ("model.name=resnet", "training.batch_size=1150")  # a step takes many seconds
-    child = pexpect.spawn(
-        sys.executable,
-        ["-m", "mnist_wandb", "run", *slow, "tracking.mode=disabled"],
-        timeout=60,
-        encoding="utf-8",
-    )
+def test_a_second_ctrl_c_stops_at_once(terminal: Terminal) -> None:
+    slow = ("model.name=cnn_large", "training.batch_size=1150")  # a step takes seconds
+    child = terminal("run", *slow, "training.epochs=5000", "tracking.mode=disabled")
     child.expect("W&B: disabled")
     time.sleep(1)
     child.sendintr()
@@ -129,15 +124,10 @@ def test_a_second_ctrl_c_stops_at_once() -> None:
     assert not (run / "summary.json").exists()  # it did not wait for the step, nor finish
 
 
-def test_ctrl_c_in_a_terminal_saves_and_says_how_to_go_on() -> None:
-    child = pexpect.spawn(
-        sys.executable,
-        ["-m", "mnist_wandb", "run", *ENDLESS, "tracking.mode=offline"],
-        timeout=60,
-        encoding="utf-8",
-        dimensions=(40, 200),
-    )
-    run = wait_for_step(100)
+def test_ctrl_c_in_a_terminal_saves_and_says_how_to_go_on(terminal: Terminal) -> None:
+    child = terminal("run", *ENDLESS, "tracking.mode=offline")
+    child.expect("epoch 2/5000 ")  # read on, else the terminal's buffer fills and the run waits
+    (run,) = Path("runs").iterdir()
     child.sendintr()  # to the whole process group, the W&B service included
     child.expect("stopping after this step, saving a checkpoint; Ctrl-C again stops at once")
     child.expect(f"go on +mnist-wandb run --resume {run}")
