@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import struct
 import subprocess
 import sys
@@ -28,8 +29,10 @@ FAST = ("tracking.mode=disabled", "training.epochs=2", "data.train_size=200")
 
 
 @pytest.fixture(scope="session", autouse=True)
-def one_thread() -> None:
+def same_everywhere() -> None:
     torch.set_num_threads(1)
+    # A shell starts background jobs with Ctrl-C ignored, and children inherit that.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)

@@ -187,4 +187,4 @@ def test_a_diverged_run_exits_1_and_keeps_the_last_good_checkpoint(
         check=True,
     ).stdout
     assert '"type":"alert"' in record
-    assert '"title":"digits-mlp_128 diverged"' in record
+    assert '"title":"digits-mlp_64x3 diverged"' in record
