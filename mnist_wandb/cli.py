@@ -73,7 +73,8 @@ ConfigOption = Annotated[
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
 ModelArgument = Annotated[
-    str, typer.Argument(metavar="RUN|CHECKPOINT", help="Run folder, name or id; or a .pt file.")
+    str,
+    typer.Argument(metavar="RUN|CHECKPOINT", help="Run folder, its id, or latest; or a .pt file."),
 ]
 
 
@@ -101,7 +102,7 @@ def run(
     config: ConfigOption = None,
     resume: Annotated[
         str | None,
-        typer.Option(metavar="RUN", help="Continue a stopped run (folder, name, id or latest)."),
+        typer.Option(metavar="RUN", help="Continue a stopped run (its folder, id, or latest)."),
     ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Validate and describe; train nothing.")
@@ -145,16 +146,21 @@ def _train(
     logger.setLevel(logging.WARNING if quiet else logging.INFO)
     logger.handlers = [LogLines(messages)]  # one, however often this is called in one process
     epochs = resolved.config.training.epochs
-    with TrainingDisplay(messages, epochs=epochs, quiet=quiet) as display:
-        outcome = run_experiment(
-            resolved.config,
-            settings,
-            preset=resolved.preset,
-            resume=folder,
-            command=python_command(),
-            emit=display.show,
-            should_stop=lambda: stop.received is not None,
-        )
+    try:
+        with TrainingDisplay(messages, epochs=epochs, quiet=quiet) as display:
+            outcome = run_experiment(
+                resolved.config,
+                settings,
+                preset=resolved.preset,
+                resume=folder,
+                command=python_command(),
+                emit=display.show,
+                should_stop=stop.is_asked_for,
+            )
+    except MnistWandbError as error:
+        if as_json and error.summary is not None:
+            typer.echo(error.summary.to_json())
+        raise
     if as_json:
         typer.echo(outcome.summary.to_json())
     else:
@@ -164,11 +170,28 @@ def _train(
     return EXIT_DONE
 
 
+class StoppedBeforeTraining(BaseException):
+    """Ctrl-C or SIGTERM has come before the first step; there is nothing to save."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+
 class StopSignals:
-    """Turns Ctrl-C and SIGTERM into a wish to stop; a second Ctrl-C stops at once."""
+    """Turns Ctrl-C and SIGTERM into a wish to stop; a second Ctrl-C stops at once.
+
+    Before training has begun, either ends the program at once.
+    """
 
     def __init__(self) -> None:
         self.received: int | None = None
+        self.training = False
+
+    def is_asked_for(self) -> bool:
+        """Whether to stop; the first question tells that training has begun."""
+        self.training = True
+        return self.received is not None
 
     def install(self) -> None:
         """Handle both signals from now on (not where the caller has them ignored)."""
@@ -177,6 +200,8 @@ class StopSignals:
                 signal.signal(number, self._handle)
 
     def _handle(self, number: int, _frame: FrameType | None) -> None:
+        if not self.training:
+            raise StoppedBeforeTraining(number)
         if self.received is not None and number == signal.SIGINT:
             os._exit(EXIT_INTERRUPTED + number)  # the last checkpoint is on the disk
         if self.received is None:
@@ -191,7 +216,7 @@ def _describe_run(resolved: ResolvedConfig, settings: Settings, *, as_json: bool
     from mnist_wandb.device import choose_plan
     from mnist_wandb.display import make_console, print_rows
     from mnist_wandb.models import summarize_model
-    from mnist_wandb.train import count_steps
+    from mnist_wandb.train import check_batches, count_steps
 
     config = resolved.config
     plan = choose_plan(config).describe()
@@ -199,6 +224,7 @@ def _describe_run(resolved: ResolvedConfig, settings: Settings, *, as_json: bool
         config.model, (1, 28, 28), len(DATASETS[config.data.dataset].class_names)
     )
     images = train_count(config.data)
+    check_batches(config, images)
     total = count_steps(config, images)
     mode, reason = choose_wandb_mode(config, settings)
     facts: dict[str, Any] = {
@@ -217,7 +243,7 @@ def _describe_run(resolved: ResolvedConfig, settings: Settings, *, as_json: bool
         typer.echo(json.dumps(facts))
         return
     console = make_console()
-    console.print(to_yaml(config, resolved.origins), markup=False)
+    console.print(to_yaml(config, resolved.origins))
     rows = [
         (
             layer.path,
@@ -239,7 +265,7 @@ def _describe_run(resolved: ResolvedConfig, settings: Settings, *, as_json: bool
         "W&B": f"{mode} ({reason})",
     }
     for key, value in lines.items():
-        console.print(f"{key:<16} {value}", markup=False)
+        console.print(f"{key:<16} {value}")
 
 
 # ── evaluate, predict ────────────────────────────────────────────────────────────────────────
@@ -248,9 +274,12 @@ def _describe_run(resolved: ResolvedConfig, settings: Settings, *, as_json: bool
 def _find_checkpoint(spec: str, settings: Settings) -> Path:
     from mnist_wandb.runs import RunFolder
 
-    path = Path(spec).expanduser()
-    if path.is_file():
-        return path
+    try:
+        path = Path(spec).expanduser()
+        if path.is_file():
+            return path
+    except (OSError, RuntimeError, ValueError) as error:
+        raise ConfigError(f"{spec[:80]!r}: not a path: {error}") from None
     if path.suffix == ".pt":
         from mnist_wandb.errors import CheckpointError
 
@@ -472,16 +501,21 @@ def main(arguments: Sequence[str]) -> int:
     """Run one command; turns errors into one message on stderr and an exit code."""
     try:
         code = app(args=list(arguments), prog_name="mnist-wandb", standalone_mode=False)
-    except DivergedError as error:
-        return _fail(str(error), EXIT_FAILED)
     except MnistWandbError as error:
-        return _fail(str(error), EXIT_BAD_INPUT)
+        # Once a run has begun, its end is a failed run and no bad input any more.
+        began = isinstance(error, DivergedError) or error.summary is not None
+        return _fail(str(error), EXIT_FAILED if began else EXIT_BAD_INPUT)
     except USAGE_ERROR as error:
         message = error.format_message().rstrip(".")
         return _fail(f"{message}; see `mnist-wandb --help`", EXIT_BAD_INPUT)
     except (typer.Abort, KeyboardInterrupt):
         return _fail("stopped", EXIT_INTERRUPTED + signal.SIGINT)
-    except BrokenPipeError:  # `mnist-wandb show | head`
+    except StoppedBeforeTraining as stop:
+        return _fail("stopped before training began", EXIT_INTERRUPTED + stop.number)
+    except (BrokenPipeError, SystemExit) as stop:
+        # `mnist-wandb show | head`; click and rich turn the closed pipe into an exit.
+        if isinstance(stop, SystemExit) and not isinstance(stop.__context__, BrokenPipeError):
+            raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_DONE
     return code if isinstance(code, int) else EXIT_DONE

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -23,8 +22,6 @@ from pydantic import (
     model_validator,
 )
 
-PRESETS_DIR = Path(__file__).parent / "configs"
-DEFAULT_PRESET = "quickstart"
 IMAGE_SIZE = 28
 """Height and width in pixels of every data set's images (a shortcut row adds one to the height)."""
 
@@ -566,6 +563,12 @@ class RunConfig(Section):
     tracking: TrackingConfig = Field(
         default_factory=TrackingConfig, description=str(TrackingConfig.__doc__)
     )
+
+    @model_validator(mode="after")
+    def _check_watch(self) -> RunConfig:
+        if self.tracking.watch and self.training.compile is True:
+            raise ValueError("tracking.watch does not work with training.compile; turn one off")
+        return self
 
     @property
     def run_name(self) -> str:

@@ -171,7 +171,11 @@ def load_dataset(
         ConfigError: the sizes asked for do not fit the data.
     """
     row = DATASETS[config.dataset]
-    source = row.read(row, Path(config.dir).expanduser() if config.dir else data_dir)
+    try:
+        folder = Path(config.dir).expanduser() if config.dir else data_dir
+    except RuntimeError as error:
+        raise ConfigError(f"data.dir: got {config.dir!r}: {error}") from None
+    source = row.read(row, folder)
     rng = np.random.default_rng(config.split_seed)
     num_classes = len(row.class_names)
     train = np.arange(len(source.train_labels))
@@ -212,12 +216,18 @@ def load_dataset(
 
 
 def train_count(config: DataConfig) -> int:
-    """Number of training images that `load_dataset` will give, without reading the data."""
+    """Number of training images that `load_dataset` will give, without reading the data.
+
+    Raises:
+        ConfigError: `data.train_size` does not fit the data set.
+    """
     row = DATASETS[config.dataset]
     count = row.num_train
     if config.val_from == "train":
         count -= round(row.num_train * config.val_fraction)
-    return min(count, config.train_size or count)
+    if config.train_size is not None:
+        _check_train_size(config.train_size, len(row.class_names), count)
+    return config.train_size or count
 
 
 def is_present(row: DatasetRow, data_dir: Path) -> bool:
@@ -266,20 +276,24 @@ def _largest_remainder(shares: Array, total: int) -> Array:
     return floors
 
 
+def _check_train_size(size: int, num_classes: int, available: int) -> None:
+    if size < num_classes:
+        raise ConfigError(
+            f"data.train_size: {size} leaves a class empty; allowed: {num_classes} (one image of"
+            f" each class) to {available}"
+        )
+    if size > available:
+        raise ConfigError(
+            f"data.train_size: {size} is more than the {available} training images;"
+            " use null for all of them"
+        )
+
+
 def _balanced_subset(
     positions: Array, labels: Array, size: int, num_classes: int, rng: np.random.Generator
 ) -> Array:
     """As equal a number of each class as the data allow, sorted."""
-    if size < num_classes:
-        raise ConfigError(
-            f"data.train_size: {size} leaves a class empty; allowed: {num_classes} (one image of"
-            f" each class) to {len(positions)}"
-        )
-    if size > len(positions):
-        raise ConfigError(
-            f"data.train_size: {size} is more than the {len(positions)} training images;"
-            " use null for all of them"
-        )
+    _check_train_size(size, num_classes, len(positions))
     available = np.bincount(labels[positions], minlength=num_classes)
     quota = np.zeros(num_classes, dtype=np.int64)
     while (left := size - quota.sum()) > 0:

@@ -21,7 +21,7 @@ class Plan:
     Attributes:
         device: the torch device.
         reason: why this device, in a few words.
-        precision: "fp32" or "bf16" (autocast of forward pass and loss).
+        precision: "fp32" or "bf16" (autocast of the forward pass).
         compile: whether the model goes through `torch.compile`.
         channels_last: whether images and convolution weights lie channels-last in memory.
     """
@@ -52,6 +52,9 @@ def choose_plan(config: RunConfig) -> Plan:
         ConfigError: a device or precision was asked for that is not there.
     """
     device, reason = resolve_device(config.device)
+    if config.training.deterministic:
+        # cuBLAS is deterministic only with a fixed workspace; read when CUDA starts.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     precision = config.training.precision
     has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     if precision == "auto":
@@ -109,9 +112,6 @@ def deterministic_mode(enabled: bool) -> Iterator[None]:
     before = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     benchmark = torch.backends.cudnn.benchmark
-    if enabled:
-        # cuBLAS is deterministic only with a fixed workspace; read when CUDA starts.
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(enabled)
     torch.backends.cudnn.benchmark = not enabled
     try:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import logging
+import shlex
+import sys
 import time
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -24,12 +27,11 @@ REFRESHES_PER_SECOND = 5
 
 def make_console(*, stderr: bool = False) -> Console:
     """A console for stdout or stderr; wide enough for tables where it is not a terminal."""
-    console = Console(stderr=stderr, highlight=False, soft_wrap=not stderr)
-    if not console.is_terminal:
-        console = Console(
-            stderr=stderr, highlight=False, width=WIDTH_WITHOUT_TERMINAL, soft_wrap=True
-        )
-    return console
+    width = None if (sys.stderr if stderr else sys.stdout).isatty() else WIDTH_WITHOUT_TERMINAL
+    # Names and paths are the user's: `[bold]` and `:bomb:` in them mean nothing here.
+    return Console(
+        stderr=stderr, width=width, highlight=False, markup=False, emoji=False, soft_wrap=True
+    )
 
 
 class LogLines(logging.Handler):
@@ -42,7 +44,7 @@ class LogLines(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         """Print one message."""
         prefix = "warning: " if record.levelno >= logging.WARNING else ""
-        self.console.print(f"{prefix}{record.getMessage()}", markup=False)
+        self.console.print(f"{prefix}{record.getMessage()}")
 
 
 class TrainingDisplay:
@@ -123,8 +125,7 @@ class TrainingDisplay:
             f"epoch {event.epoch:g}/{self.epochs:g}"
             f"  train loss {values['train/loss']:.4f} accuracy {values['train/accuracy']:.4f}"
             f"  val loss {values['val/loss']:.4f} accuracy {values['val/accuracy']:.4f}"
-            f"  {values['train/images_per_second']:,.0f} images/s{best}",
-            markup=False,
+            f"  {values['train/images_per_second']:,.0f} images/s{best}"
         )
 
 
@@ -146,22 +147,24 @@ def print_summary(console: Console, summary: RunSummary, test: EvalResult | None
     if test is not None:
         print_evaluation(console, test)
     for line in next_commands(summary):
-        console.print(line, markup=False)
+        console.print(line)
 
 
 def next_commands(summary: RunSummary) -> list[str]:
     """Where the record is, and the commands to look at it and to upload it."""
+    folder = shlex.quote(summary.run_dir)
     lines = [f"run folder  {summary.run_dir}"]
-    record = summary.wandb.get("dir")
     if summary.wandb.get("url"):
         lines.append(f"W&B         {summary.wandb['url']}")
-    elif record:
-        lines.append(f"look at it  wandb leet {record}")
-        lines.append(f"upload it   wandb sync {record}")
+    elif summary.wandb.get("dir"):
+        # A resumed run has a record of each session, all with the same id.
+        records = sorted(Path(summary.run_dir, "wandb").glob("offline-run-*"))
+        lines.append(f"look at it  wandb leet {shlex.quote(str(summary.wandb['dir']))}")
+        lines.append(f"upload it   wandb sync {shlex.join(map(str, records))}")
     if summary.status == "interrupted":
-        lines.append(f"go on       mnist-wandb run --resume {summary.run_dir}")
+        lines.append(f"go on       mnist-wandb run --resume {folder}")
     else:
-        lines.append(f"use it      mnist-wandb predict {summary.run_dir} PICTURE...")
+        lines.append(f"use it      mnist-wandb predict {folder} PICTURE...")
     return lines
 
 

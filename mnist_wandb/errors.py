@@ -1,11 +1,18 @@
 """One exception tree. Anything that is not one of these is a bug and keeps its traceback."""
 
+from typing import Any
+
 
 class MnistWandbError(Exception):
     """Root of all errors that a user can cause and mend.
 
     The message is made of short lines: where, what was found, what is allowed, what to do.
+
+    Attributes:
+        summary: the run's summary (runs.RunSummary) where a run had begun and was ended by this.
     """
+
+    summary: Any = None
 
 
 class ConfigError(MnistWandbError):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from mnist_wandb.checkpoint import Checkpoint, load_checkpoint
 from mnist_wandb.config import RunConfig
 from mnist_wandb.data import Preprocessing, Split, load_dataset
-from mnist_wandb.device import choose_plan
+from mnist_wandb.device import choose_plan, deterministic_mode
 from mnist_wandb.errors import CheckpointError, ConfigError
 from mnist_wandb.metrics import EvalResult
 from mnist_wandb.pictures import read_picture
@@ -163,24 +163,47 @@ def evaluate_checkpoint(
         raise ConfigError(f"split: got {split!r}, allowed: val, test")
     checkpoint = load_checkpoint(path)
     config = override(checkpoint.config)
+    _check_overrides(checkpoint.config, config)
     plan = choose_plan(config)
     splits = load_dataset(config.data, data_dir=data_dir, device=plan.device)
-    found = (splits.image_shape, len(splits.class_names))
-    expected = (checkpoint.image_shape, len(checkpoint.class_names))
-    if found != expected:
+    if splits.image_shape != checkpoint.image_shape:
         raise CheckpointError(
-            f"{path}: was trained on images {expected[0]} of {expected[1]} classes, the data set"
-            f" {config.data.dataset} has {found[0]} and {found[1]}"
+            f"{path}: was trained on images {checkpoint.image_shape}, the data set"
+            f" {config.data.dataset} has {splits.image_shape}"
         )
-    result = evaluate(
-        checkpoint.build_model().to(plan.device),
-        splits.val if split == "val" else splits.test,
-        checkpoint.preprocessing,
-        loss=config.training.loss,
-        precision=plan.precision,
-        channels_last=plan.channels_last,
-    )
+    if splits.class_names != checkpoint.class_names:
+        raise CheckpointError(
+            f"{path}: was trained on the classes {', '.join(checkpoint.class_names)}, the data set"
+            f" {config.data.dataset} has {', '.join(splits.class_names)}"
+        )
+    with deterministic_mode(config.training.deterministic):
+        result = evaluate(
+            checkpoint.build_model().to(plan.device),
+            splits.val if split == "val" else splits.test,
+            checkpoint.preprocessing,
+            loss=config.training.loss,
+            precision=plan.precision,
+            channels_last=plan.channels_last,
+        )
     return result, config
+
+
+def _check_overrides(trained: RunConfig, config: RunConfig) -> None:
+    """Only what changes the score of a trained model may be overridden."""
+    data = {"scaling": trained.data.scaling, "augment": trained.data.augment}
+    training = {"precision": config.training.precision, "loss": config.training.loss}
+    allowed = trained.model_copy(
+        update={
+            "device": config.device,
+            "data": config.data.model_copy(update=data),
+            "training": trained.training.model_copy(update=training),
+        }
+    )
+    if config != allowed:
+        raise ConfigError(
+            "evaluate: the model is trained already; allowed overrides: data (but scaling and"
+            " augment), device, training.precision, training.loss"
+        )
 
 
 def predict_pictures(

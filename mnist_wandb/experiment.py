@@ -19,7 +19,7 @@ import torch
 from mnist_wandb.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from mnist_wandb.config import RunConfig
 from mnist_wandb.data import Preprocessing, Splits, load_dataset
-from mnist_wandb.device import Plan, choose_plan
+from mnist_wandb.device import Plan, choose_plan, deterministic_mode
 from mnist_wandb.errors import DivergedError, MnistWandbError, RunError, TrackingError
 from mnist_wandb.evaluate import evaluate
 from mnist_wandb.metrics import EvalResult
@@ -27,7 +27,7 @@ from mnist_wandb.models import build_model, count_parameters
 from mnist_wandb.runs import Recorder, RunFolder, RunSummary
 from mnist_wandb.settings import Settings, choose_wandb_mode
 from mnist_wandb.tracking import WandbSink
-from mnist_wandb.train import CheckpointReady, Event, Logged, Validated, train
+from mnist_wandb.train import CheckpointReady, Event, Logged, Validated, check_batches, train
 
 log = logging.getLogger(__name__)
 
@@ -68,7 +68,7 @@ def run_experiment(
         should_stop: asked after each step; true ends the run as `interrupted`.
 
     Returns:
-        The summary, as in `summary.json`.
+        The summary, as in `summary.json`, and the test scores where the run got that far.
 
     Raises:
         MnistWandbError: before training, with nothing left behind; or in it, after the folder
@@ -79,6 +79,7 @@ def run_experiment(
     plan = choose_plan(config)
     log.info("device: %s (%s)", plan.device, plan.reason)
     splits = load_dataset(config.data, data_dir=settings.data_dir, device=plan.device)
+    check_batches(config, len(splits.train))
     model = build_model(config.model, splits.image_shape, len(splits.class_names), seed=config.seed)
     with _open_folder(config, settings, preset, resume, count_parameters(model)) as folder:
         checkpoint = None
@@ -86,12 +87,10 @@ def run_experiment(
             folder.write_environment(_describe_environment(plan, splits, settings, preset, command))
         else:
             checkpoint = _load_last(folder, splits)
-            folder.truncate_metrics(checkpoint.step)
-            folder.summary_path.unlink(missing_ok=True)
+            _compare_environment(folder, plan)
         session = _Session(config, settings, folder, plan, splits, preset, started)
         session.num_parameters = count_parameters(model)
-        if checkpoint is not None:
-            session.continue_from(checkpoint)
+        session.begin(checkpoint)
         return session.run(model, checkpoint, emit, should_stop)
 
 
@@ -111,14 +110,15 @@ class _Session:
         self.config, self.folder, self.plan, self.splits = config, folder, plan, splits
         self.preset, self.started = preset, started
         self.num_parameters = 0
-        self.began = False
         self.step, self.epoch = 0, 0.0
         self.training_seconds, self.images_used = 0.0, 0
         self.earlier_seconds = 0.0
         self.mode, reason = choose_wandb_mode(config, settings)
         log.info("W&B: %s (%s)", self.mode, reason)
         self.wandb = self._start_wandb(settings)
-        self.recorder = Recorder(folder, [self.wandb] if self.wandb else [])
+        self.wandb_facts: dict[str, str | None] = {"mode": "disabled", "id": None}
+        if self.wandb is not None:
+            self.wandb_facts = self.wandb.describe(self.mode)
 
     def _start_wandb(self, settings: Settings) -> WandbSink | None:
         if self.mode == "disabled":
@@ -132,13 +132,17 @@ class _Session:
             self.mode = "offline"
             return WandbSink.start(self.config, settings, self.folder, self.mode)
 
-    def continue_from(self, checkpoint: Checkpoint) -> None:
-        """Take over the counts of the sessions before."""
-        stored = checkpoint.training or {}
-        self.step, self.epoch = checkpoint.step, checkpoint.epoch
-        self.training_seconds = stored.get("training_seconds", 0.0)
-        self.images_used = stored.get("images_used", 0)
-        self.earlier_seconds = stored.get("total_seconds", 0.0)
+    def begin(self, checkpoint: Checkpoint | None) -> None:
+        """Start recording, or go on from a checkpoint with what the sessions before have left."""
+        if checkpoint is not None:
+            stored = checkpoint.training or {}
+            self.step, self.epoch = checkpoint.step, checkpoint.epoch
+            self.training_seconds = stored.get("training_seconds", 0.0)
+            self.images_used = stored.get("images_used", 0)
+            self.earlier_seconds = stored.get("total_seconds", 0.0)
+            self.folder.truncate_metrics(checkpoint.step)
+            self.folder.summary_path.unlink(missing_ok=True)
+        self.recorder = Recorder(self.folder, [self.wandb] if self.wandb else [])
 
     def run(
         self,
@@ -150,13 +154,12 @@ class _Session:
         """Train, score, summarize; every way out writes a summary and ends the W&B run."""
 
         def on_event(event: Event) -> None:
-            self.began = True
             self.record(event)
             emit(event)
 
         try:
-            if self.config.tracking.watch and self.wandb is not None:
-                self.wandb.watch(model)
+            if self.config.tracking.watch:
+                self.recorder.forward("watch", model)
             result = train(
                 model,
                 self.splits,
@@ -169,21 +172,30 @@ class _Session:
             self.step, self.epoch = result.steps, result.epochs
             self.training_seconds, self.images_used = result.training_seconds, result.images_used
             test = None if result.status == "interrupted" else self.score_test(model)
-            return RunOutcome(self.end(result.status), test)
         except DivergedError as error:
-            if self.wandb is not None and self.config.tracking.alerts:
-                self.wandb.alert(f"{self.config.run_name} diverged", str(error), warn=True)
-            self.end("diverged", error=str(error))
+            self.fail("diverged", error, str(error))
             raise
+        except torch.OutOfMemoryError as error:
+            advice = RunError(
+                f"{self.plan.device} has too little memory for this run; choose a smaller"
+                " training.batch_size or model"
+            )
+            self.fail("failed", advice, str(advice))
+            raise advice from error
         except Exception as error:
-            if self.began or resume is not None:
-                try:
-                    self.end("failed", error=f"{type(error).__name__}: {error}")
-                except RunError as second:  # a full disk, say: the first error is the cause
-                    log.warning("no summary: %s", second)
-            elif self.wandb is not None:
-                self.wandb.finish(EXIT_CODES["failed"], {"status": "failed"})
+            self.fail("failed", error, f"{type(error).__name__}: {error}")
             raise
+        return RunOutcome(self.end(result.status), test)
+
+    def fail(self, status: str, error: Exception, text: str) -> None:
+        """End the run because of an error, which takes the summary along."""
+        try:
+            summary = self.end(status, error=text)
+        except RunError as second:  # a full disk, say: the first error is the cause
+            log.warning("no summary: %s", second)
+            return
+        if isinstance(error, MnistWandbError):
+            error.summary = summary
 
     def record(self, event: Event) -> None:
         """Put one training event into the folder and the sinks."""
@@ -193,7 +205,9 @@ class _Session:
                 self.step, self.epoch = step, epoch
                 self.training_seconds, self.images_used = training_seconds, images_used
             case Validated(step, epoch, result, improved) if improved:
-                self.recorder.log_confusion("val", step, epoch, result)
+                row = {"step": step, "epoch": epoch}
+                names = result.class_names
+                self.recorder.forward("log_confusion", "val", row, result.confusion, names)
             case CheckpointReady(checkpoint, best, end_of_epoch):
                 self.save(checkpoint, best=best, end_of_epoch=end_of_epoch)
 
@@ -209,28 +223,28 @@ class _Session:
             name = f"epoch-{checkpoint.epoch:g}"
             path = self.folder.checkpoint_path(name)
             save_checkpoint(replace(checkpoint, training=None, metrics=self.recorder.final), path)
-            self.recorder.log_model(path, [name], self.model_metadata())
+            self.recorder.forward("log_model", path, [name], self.model_metadata())
 
     def score_test(self, model: Any) -> EvalResult:
         """Score the test split, once, with the best validation weights, and record it."""
-        test = evaluate(
-            model,
-            self.splits.test,
-            Preprocessing.fit(self.config.data.scaling, self.splits.mean, self.splits.std),
-            loss=self.config.training.loss,
-            precision=self.plan.precision,
-            channels_last=self.plan.channels_last,
-        )
+        with deterministic_mode(self.config.training.deterministic):
+            test = evaluate(
+                model,
+                self.splits.test,
+                Preprocessing.fit(self.config.data.scaling, self.splits.mean, self.splits.std),
+                loss=self.config.training.loss,
+                precision=self.plan.precision,
+                channels_last=self.plan.channels_last,
+            )
         self.recorder.log(self.step, self.epoch, test.metrics("test"))
         self.folder.write_evaluation(test)
-        if self.wandb is not None:
-            images = self.splits.test.images[:, 0].cpu().numpy()
-            row = {"step": self.step, "epoch": self.epoch}
-            count = self.config.tracking.sample_predictions
-            self.wandb.log_evaluation("test", row, test, images, count)
+        images = self.splits.test.images[:, 0].cpu().numpy()
+        row = {"step": self.step, "epoch": self.epoch}
+        count = self.config.tracking.sample_predictions
+        self.recorder.forward("log_evaluation", "test", row, test, images, count)
         if self.config.tracking.log_model is not None:
             path = self.folder.checkpoint_path("best")
-            self.recorder.log_model(path, ["best", "latest"], self.model_metadata())
+            self.recorder.forward("log_model", path, ["best", "latest"], self.model_metadata())
         return test
 
     def model_metadata(self) -> dict[str, Any]:
@@ -260,9 +274,7 @@ class _Session:
             total_seconds=round(self.total_seconds, 3),
             images_per_second=round(self.images_used / seconds, 1) if seconds else 0.0,
             metrics=self.recorder.final,
-            wandb=self.wandb.describe(self.mode)
-            if self.wandb
-            else {"mode": "disabled", "id": None},
+            wandb=self.wandb_facts,
             error=error,
         )
         try:
@@ -273,12 +285,13 @@ class _Session:
 
     def finish_wandb(self, status: str, summary: RunSummary) -> None:
         """End the W&B run with an alert, an exit code and the summary's totals."""
-        if self.wandb is not None:
-            if self.config.tracking.alerts and status in ("finished", "early_stopped"):
-                accuracy = summary.metrics["test/accuracy"]
-                self.wandb.alert(f"{summary.name} {status}", f"test accuracy {accuracy:.4f}")
-            keys = ("status", "num_parameters", "training_seconds", "images_per_second")
-            self.wandb.finish(EXIT_CODES[status], {key: getattr(summary, key) for key in keys})
+        if self.config.tracking.alerts and status not in ("interrupted", "failed"):
+            accuracy = summary.metrics.get("test/accuracy", 0.0)
+            text = summary.error or f"test accuracy {accuracy:.4f}"
+            self.recorder.forward("alert", f"{summary.name} {status}", text, status == "diverged")
+        keys = ("status", "num_parameters", "training_seconds", "images_per_second")
+        totals = {key: getattr(summary, key) for key in keys}
+        self.recorder.forward("finish", EXIT_CODES[status], totals)
 
     @property
     def total_seconds(self) -> float:
@@ -307,7 +320,7 @@ def _open_folder(
         if resume is None:
             folder.write_config(config, preset)
         yield folder
-    except MnistWandbError:
+    except BaseException:
         recorded = folder.metrics_path.exists() or folder.summary_path.exists()
         if resume is None and not recorded:
             folder.remove()
@@ -334,6 +347,19 @@ def _load_last(folder: RunFolder, splits: Splits) -> Checkpoint:
             f" {splits.fingerprint[:12]}, then {checkpoint.data_fingerprint[:12]}); start a new run"
         )
     return checkpoint
+
+
+def _compare_environment(folder: RunFolder, plan: Plan) -> None:
+    """Warn where a resumed run cannot end with the very numbers of an undisturbed one."""
+    before = folder.read_environment()
+    now = {**plan.describe(), "torch": str(torch.__version__)}
+    before["torch"] = before.get("versions", {}).get("torch")
+    for key in ("device_name", "precision", "num_threads", "torch"):
+        if key in before and before[key] != now[key]:
+            log.warning(
+                "resumed with %s %s instead of %s: the last digits may differ",
+                key, now[key], before[key],
+            )  # fmt: skip
 
 
 def _describe_environment(

@@ -30,7 +30,11 @@ def find_pictures(paths: Sequence[Path]) -> list[Path]:
     """
     found: list[Path] = []
     for path in paths:
-        if path.is_dir():
+        try:
+            is_folder = path.is_dir()
+        except (OSError, ValueError) as error:  # too long, or with a null byte
+            raise DatasetError(f"{str(path)[:80]!r}: not a path: {error}") from None
+        if is_folder:
             inside = sorted(
                 p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file()
             )

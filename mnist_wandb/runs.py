@@ -6,12 +6,13 @@ import contextlib
 import csv
 import io
 import json
+import logging
 import os
 import re
 import secrets
 import shutil
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -22,7 +23,9 @@ from filelock import FileLock, Timeout
 from mnist_wandb.config import RunConfig
 from mnist_wandb.errors import RunError
 from mnist_wandb.loading import load_config, to_yaml
-from mnist_wandb.metrics import EvalResult, Ints
+from mnist_wandb.metrics import EvalResult
+
+log = logging.getLogger(__name__)
 
 Row = dict[str, float]
 
@@ -312,18 +315,10 @@ def slug(name: str) -> str:
 
 
 class Sink(Protocol):
-    """Where a recorder forwards to; W&B is one (tracking.WandbSink)."""
+    """Where a recorder forwards to; W&B is one (tracking.WandbSink, with more methods)."""
 
     def log(self, row: Row) -> None:
         """Take one row of metrics."""
-
-    def log_confusion(
-        self, split: str, row: Row, confusion: Ints, class_names: Sequence[str]
-    ) -> None:
-        """Take a confusion matrix; `row` holds step and epoch."""
-
-    def log_model(self, path: Path, aliases: Sequence[str], metadata: Mapping[str, Any]) -> None:
-        """Take a checkpoint file."""
 
 
 class Recorder:
@@ -341,19 +336,20 @@ class Recorder:
         row: Row = {"step": step, "epoch": epoch, **values}
         self.folder.append_metrics(row)
         self._remember(row)
-        for sink in self.sinks:
-            sink.log(row)
+        self.forward("log", row)
 
-    def log_confusion(self, split: str, step: int, epoch: float, result: EvalResult) -> None:
-        """Forward a confusion matrix."""
-        for sink in self.sinks:
-            row: Row = {"step": step, "epoch": epoch}
-            sink.log_confusion(split, row, result.confusion, result.class_names)
+    def forward(self, method: str, *arguments: Any) -> None:
+        """Call a method of every sink; one that fails is dropped, with a warning.
 
-    def log_model(self, path: Path, aliases: Sequence[str], metadata: Mapping[str, Any]) -> None:
-        """Forward a checkpoint file."""
-        for sink in self.sinks:
-            sink.log_model(path, aliases, metadata)
+        The folder is the record, a sink only shows it: no failure there may end a run.
+        """
+        for sink in list(self.sinks):
+            try:
+                getattr(sink, method)(*arguments)
+            except Exception as error:
+                self.sinks.remove(sink)
+                reason = " ".join(str(error).split())[:200] or type(error).__name__
+                log.warning("W&B gets nothing more of this run (%s); %s", reason, self.folder.path)
 
     def _remember(self, row: Mapping[str, float]) -> None:
         self.final.update({k: v for k, v in row.items() if k not in ("step", "epoch")})

@@ -180,7 +180,7 @@ class WandbSink:
     def log_model(self, path: Path, aliases: Sequence[str], metadata: Mapping[str, Any]) -> None:
         """Log a checkpoint as a version of the run's model artifact."""
         artifact = wandb.Artifact(
-            slug(f"model-{self.run.name}-{self.run.id}"), type="model", metadata=dict(metadata)
+            f"model-{slug(str(self.run.name))}-{self.run.id}", type="model", metadata=dict(metadata)
         )
         artifact.add_file(str(path), name="model.pt")
         self.run.log_artifact(artifact, aliases=list(aliases))
@@ -189,7 +189,7 @@ class WandbSink:
         """Log histograms of the gradients of a torch module."""
         self.run.watch(model, log="gradients", log_freq=100)
 
-    def alert(self, title: str, text: str, *, warn: bool = False) -> None:
+    def alert(self, title: str, text: str, warn: bool = False) -> None:
         """Send an alert (W&B mails it or posts it, as the user's settings there say)."""
         self.run.alert(title=title[:64], text=text, level="WARN" if warn else "INFO")
 

@@ -18,10 +18,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from mnist_wandb.augment import augment, is_off
 from mnist_wandb.checkpoint import Checkpoint, describe_data
-from mnist_wandb.config import (
-    MlpConfig,
-    RunConfig,
-)
+from mnist_wandb.config import IMAGE_SIZE, MlpConfig, RunConfig
 from mnist_wandb.data import Preprocessing, Splits, batch_indices
 from mnist_wandb.device import Plan, choose_plan, deterministic_mode
 from mnist_wandb.errors import CheckpointError, ConfigError, DivergedError
@@ -234,7 +231,7 @@ def train(
         model: from float32 (N, 1, H, W) to logits (N, C); moved to the plan's device.
         splits: training and validation images, on the plan's device. The test split is not used.
         config: a validated configuration.
-        plan: device and precision; default: chosen from the configuration.
+        plan: device and precision; default: the device of the data, precision as configured.
         resume: a checkpoint with training state, to be continued from exactly there.
         emit: called with each `Event`; runs between steps, so it should be quick.
         should_stop: asked after each step; true ends training after a last checkpoint.
@@ -247,8 +244,13 @@ def train(
         CheckpointError: `resume` does not fit.
         ConfigError: the last batch is too small for batch normalisation.
     """
-    _check_batches(config, len(splits.train))
-    plan = plan or choose_plan(config)
+    check_batches(config, len(splits.train))
+    device = splits.train.images.device
+    if plan is None:
+        name = f"cuda:{device.index}" if device.type == "cuda" else device.type
+        plan = choose_plan(config.model_copy(update={"device": name}))
+    if plan.device.type != device.type:
+        raise ConfigError(f"device: the data lie on {device}, the plan is for {plan.device}")
     model.to(plan.device)
     if plan.channels_last:
         model.to(memory_format=torch.channels_last)
@@ -271,14 +273,30 @@ def train(
         return _Loop(state, splits, config, plan, emit, should_stop).run()
 
 
-def _check_batches(config: RunConfig, num_images: int) -> None:
+def check_batches(config: RunConfig, num_images: int) -> None:
+    """Refuse a batch of one image where batch normalisation would see one value per channel.
+
+    Raises:
+        ConfigError: with the sizes.
+    """
     batch_size = config.training.batch_size
     smallest = num_images % batch_size or batch_size
-    if isinstance(config.model, MlpConfig) and config.model.batch_norm and smallest == 1:
+    if smallest == 1 and _normalises_single_values(config):
         raise ConfigError(
             f"training.batch_size: {batch_size} leaves a batch of one of the {num_images} training"
             " images, and batch normalisation needs two; choose another size"
         )
+
+
+def _normalises_single_values(config: RunConfig) -> bool:
+    if isinstance(config.model, MlpConfig):
+        return config.model.batch_norm
+    size = IMAGE_SIZE
+    for block in getattr(config.model, "blocks", ()):
+        if block.batch_norm and block.model_copy(update={"pool": None}).output_size(size) == 1:
+            return True
+        size = block.output_size(size)
+    return False
 
 
 class _Loop:

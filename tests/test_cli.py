@@ -213,6 +213,66 @@ def test_config_errors_and_help_do_not_import_torch_or_wandb() -> None:
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
 
 
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("data.train_size=3", "data.train_size: 3 leaves a class empty"),
+        ("training.batch_size=1149", "training.batch_size: 1149 leaves a batch of one"),
+        ("device=mps", "device: mps is not on this machine"),
+    ],
+)
+def test_dry_run_refuses_what_run_refuses(cli: Cli, override: str, message: str) -> None:
+    model = "model={name: mlp, batch_norm: true}"
+    for dry in (["--dry-run"], []):
+        done = cli("run", *dry, model, override, "tracking.mode=disabled")
+        assert done.code == 2
+        assert message in done.err.splitlines()[-1]
+    assert list(Path().iterdir()) == []
+
+
+def test_a_run_that_fails_midway_exits_1_and_keeps_its_record(
+    program: Callable[..., Finished],
+) -> None:
+    done = subprocess.run(
+        [
+            "bash",
+            "-c",
+            f"ulimit -f 300; {sys.executable} -m mnist_wandb run --json {' '.join(FAST)}",
+        ],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1, done.stderr
+    assert "cannot be written" in done.stderr.splitlines()[-1]
+    summary = json.loads(done.stdout)
+    assert summary["status"] == "failed"
+    assert (Path(summary["run_dir"]) / "metrics.jsonl").stat().st_size > 0
+
+
+def test_json_of_a_diverged_run_is_its_summary(cli: Cli) -> None:
+    done = cli(
+        "run", "--json", "model.name=mlp_64x3", "optimizer={'name': 'sgd', 'lr': 100}",
+        "schedule.name=constant", "training.epochs=9", "tracking.mode=disabled",
+    )  # fmt: skip
+    assert done.code == 1
+    summary = json.loads(done.out)
+    assert summary["status"] == "diverged"
+    assert summary["error"].startswith("training diverged at step ")
+
+
+def test_brackets_in_names_are_shown_as_they_are(cli: Cli) -> None:
+    done = cli("run", *FAST, "name='x[/oops] [bold]y :bomb:'")
+    assert done.code == 0
+    assert "x[/oops] [bold]y :bomb:: finished" in done.out
+
+
+@pytest.mark.parametrize("command", ["show", "configs", "run --dry-run", "schema", "--help"])
+def test_a_closed_pipe_is_no_error(command: str) -> None:
+    code = f"set -o pipefail; {sys.executable} -m mnist_wandb {command} | true"
+    done = subprocess.run(["bash", "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 # ── evaluate, predict ────────────────────────────────────────────────────────────────────────
 
 
@@ -253,6 +313,21 @@ def test_predict_reads_pictures_of_any_size_and_polarity(
     assert table.code == 0
     plain = json.loads(cli("predict", str(trained), "pictures", "--no-preprocess", "--json").out)
     assert plain["predictions"] != found
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("model.name=linear", "evaluate: the model is trained already"),
+        ("data.scaling=unit", "allowed overrides: data (but scaling and augment), device"),
+    ],
+)
+def test_evaluate_refuses_overrides_without_effect(
+    cli: Cli, trained: Path, override: str, message: str
+) -> None:
+    done = cli("evaluate", str(trained), override)
+    assert done.code == 2
+    assert message in done.err
 
 
 def test_predict_says_which_file_is_not_a_picture(cli: Cli, trained: Path) -> None:

@@ -137,6 +137,32 @@ def test_ctrl_c_in_a_terminal_saves_and_says_how_to_go_on(terminal: Terminal) ->
     assert json.loads((run / "summary.json").read_text())["status"] == "interrupted"
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_before_training_ends_at_once_and_leaves_nothing(number: int) -> None:
+    process = start("tracking.mode=offline")
+    assert process.stderr is not None
+    assert process.stderr.readline().startswith("device: cpu")
+    process.send_signal(number)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + number, err
+    assert "error: stopped before training began" in err
+    assert list(Path().glob("runs/*")) == []
+
+
+def test_the_upload_command_names_the_records_of_all_sessions(
+    program: Callable[..., Finished],
+) -> None:
+    process = start(*OVERRIDES, "tracking.mode=offline")
+    run = wait_for_step(200)
+    process.terminate()
+    process.communicate(timeout=60)
+    done = program("run", "--resume", str(run))
+    (line,) = [line for line in done.out.splitlines() if line.startswith("upload it")]
+    records = sorted(map(str, (run / "wandb").glob("offline-run-*")))
+    assert len(records) == 2
+    assert line.split()[2:] == ["wandb", "sync", *records]
+
+
 def test_a_run_in_use_is_not_resumed_by_a_second_process(
     program: Callable[..., Finished],
 ) -> None:
