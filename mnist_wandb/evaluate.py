@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,8 @@ from mnist_wandb.device import choose_plan, deterministic_mode
 from mnist_wandb.errors import CheckpointError, ConfigError
 from mnist_wandb.metrics import EvalResult
 from mnist_wandb.pictures import read_picture
+
+log = logging.getLogger(__name__)
 
 EVAL_BATCH_SIZE = 1000
 """Images per forward pass; does not change any score beyond float rounding."""
@@ -176,6 +179,9 @@ def evaluate_checkpoint(
             f"{path}: was trained on the classes {', '.join(checkpoint.class_names)}, the data set"
             f" {config.data.dataset} has {', '.join(splits.class_names)}"
         )
+    same_data = config.data == checkpoint.config.data
+    if same_data and splits.fingerprint != checkpoint.data_fingerprint:
+        log.warning("%s: the data are not those of its training any more", path)
     with deterministic_mode(config.training.deterministic):
         result = evaluate(
             checkpoint.build_model().to(plan.device),
@@ -189,20 +195,20 @@ def evaluate_checkpoint(
 
 
 def _check_overrides(trained: RunConfig, config: RunConfig) -> None:
-    """Only what changes the score of a trained model may be overridden."""
-    data = {"scaling": trained.data.scaling, "augment": trained.data.augment}
+    """Refuse overrides without effect, and other splits: their images may have been trained on."""
+    data = {"dataset": config.data.dataset, "dir": config.data.dir}
     training = {"precision": config.training.precision, "loss": config.training.loss}
     allowed = trained.model_copy(
         update={
             "device": config.device,
-            "data": config.data.model_copy(update=data),
+            "data": trained.data.model_copy(update=data),
             "training": trained.training.model_copy(update=training),
         }
     )
     if config != allowed:
         raise ConfigError(
-            "evaluate: the model is trained already; allowed overrides: data (but scaling and"
-            " augment), device, training.precision, training.loss"
+            "evaluate: the model is trained already; allowed overrides: data.dataset, data.dir,"
+            " device, training.precision, training.loss"
         )
 
 

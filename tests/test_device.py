@@ -151,12 +151,12 @@ def test_deterministic_mode_refuses_an_operation_without_a_deterministic_form() 
 
 
 @pytest.mark.usefixtures("switches")
-def test_deterministic_mode_keeps_the_users_cublas_workspace(
+def test_a_plan_keeps_the_users_cublas_workspace(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")
-    with deterministic_mode(True):
-        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":16:8"
+    choose_plan(RunConfig())
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":16:8"
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
-    with deterministic_mode(True):
-        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    choose_plan(RunConfig())
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
