@@ -1,6 +1,6 @@
 """One exception tree. Anything that is not one of these is a bug and keeps its traceback."""
 
-from typing import Any
+import typing
 
 
 class MnistWandbError(Exception):
@@ -12,7 +12,7 @@ class MnistWandbError(Exception):
         summary: the run's summary (runs.RunSummary) where a run had begun and was ended by this.
     """
 
-    summary: Any = None
+    summary: typing.Any = None
 
 
 class ConfigError(MnistWandbError):
