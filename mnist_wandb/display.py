@@ -91,7 +91,7 @@ class TrainingDisplay:
                 self._show_step(event)
             case "Logged":
                 self.values |= event.values  # type: ignore[union-attr]
-                if "val/accuracy" in self.values and "val/accuracy" in event.values:  # type: ignore[union-attr]
+                if "val/accuracy" in event.values:  # type: ignore[union-attr]
                     self._show_epoch(event)
 
     def _show_step(self, event: Any) -> None:
