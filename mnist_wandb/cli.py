@@ -9,7 +9,6 @@ import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -27,13 +26,20 @@ from mnist_wandb.loading import (
     settings_table,
     to_yaml,
 )
+from mnist_wandb.options import (
+    EXIT_BAD_INPUT,
+    EXIT_DONE,
+    EXIT_FAILED,
+    WITH_OVERRIDES,
+    ConfigOption,
+    JsonOption,
+    ModelArgument,
+)
 from mnist_wandb.settings import Settings, choose_wandb_mode, load_settings
+from mnist_wandb.signals import EXIT_INTERRUPTED, StoppedBeforeTraining, StopSignals
 
 if TYPE_CHECKING:
     from mnist_wandb.metrics import EvalResult
-
-EXIT_DONE, EXIT_FAILED, EXIT_BAD_INPUT = 0, 1, 2
-EXIT_INTERRUPTED = 128  # plus the signal's number: 130 for Ctrl-C, 143 for SIGTERM
 
 # Newer releases of Typer carry their own copy of click: the class is taken from Typer's.
 USAGE_ERROR: Any = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
@@ -46,11 +52,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     epilog="Exit codes: 0 done, 2 bad input, 1 a run failed or diverged, 130 Ctrl-C, 143 SIGTERM.",
 )
-WITH_OVERRIDES = {"allow_extra_args": True, "ignore_unknown_options": True}
-
-
-def _complete_preset(incomplete: str) -> list[str]:
-    return [name for name in preset_names() if name.startswith(incomplete)]
 
 
 def _settings_help() -> str:
@@ -59,23 +60,6 @@ def _settings_help() -> str:
     for name, default, description in settings_table():
         lines.append(f"  {name} [{default if len(default) < 24 else '…'}]: {description}")
     return "\n".join(lines)
-
-
-ConfigOption = Annotated[
-    str | None,
-    typer.Option(
-        "--config",
-        "-c",
-        metavar="NAME|FILE",
-        help="Preset name or YAML file; default: quickstart.",
-        autocompletion=_complete_preset,
-    ),
-]
-JsonOption = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
-ModelArgument = Annotated[
-    str,
-    typer.Argument(metavar="RUN|CHECKPOINT", help="Run folder, its id, or latest; or a .pt file."),
-]
 
 
 def _version(value: bool) -> None:
@@ -168,46 +152,6 @@ def _train(
     if outcome.summary.status == "interrupted":
         return EXIT_INTERRUPTED + (stop.received or signal.SIGTERM)
     return EXIT_DONE
-
-
-class StoppedBeforeTraining(BaseException):
-    """Ctrl-C or SIGTERM has come before the first step; there is nothing to save."""
-
-    def __init__(self, number: int) -> None:
-        super().__init__(number)
-        self.number = number
-
-
-class StopSignals:
-    """Turns Ctrl-C and SIGTERM into a wish to stop; a second Ctrl-C stops at once.
-
-    Before training has begun, either ends the program at once.
-    """
-
-    def __init__(self) -> None:
-        self.received: int | None = None
-        self.training = False
-
-    def is_asked_for(self) -> bool:
-        """Whether to stop; the first question tells that training has begun."""
-        self.training = True
-        return self.received is not None
-
-    def install(self) -> None:
-        """Handle both signals from now on (not where the caller has them ignored)."""
-        for number in (signal.SIGINT, signal.SIGTERM):
-            if signal.getsignal(number) != signal.SIG_IGN:
-                signal.signal(number, self._handle)
-
-    def _handle(self, number: int, _frame: FrameType | None) -> None:
-        if not self.training:
-            raise StoppedBeforeTraining(number)
-        if self.received is not None and number == signal.SIGINT:
-            os._exit(EXIT_INTERRUPTED + number)  # the last checkpoint is on the disk
-        if self.received is None:
-            self.received = number
-            hint = "; Ctrl-C again stops at once" if number == signal.SIGINT else ""
-            os.write(2, f"\nstopping after this step, saving a checkpoint{hint}\n".encode())
 
 
 def _describe_run(resolved: ResolvedConfig, settings: Settings, *, as_json: bool) -> None:

@@ -1,0 +1,50 @@
+"""Ctrl-C and SIGTERM as a wish to stop, so that a run ends with a checkpoint."""
+
+from __future__ import annotations
+
+import os
+import signal
+from types import FrameType
+
+EXIT_INTERRUPTED = 128
+"""Plus the signal's number: 130 for Ctrl-C, 143 for SIGTERM."""
+
+
+class StoppedBeforeTraining(BaseException):
+    """Ctrl-C or SIGTERM has come before the first step; there is nothing to save."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+
+class StopSignals:
+    """Turns Ctrl-C and SIGTERM into a wish to stop; a second Ctrl-C stops at once.
+
+    Before training has begun, either ends the program at once.
+    """
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self.training = False
+
+    def is_asked_for(self) -> bool:
+        """Whether to stop; the first question tells that training has begun."""
+        self.training = True
+        return self.received is not None
+
+    def install(self) -> None:
+        """Handle both signals from now on (not where the caller has them ignored)."""
+        for number in (signal.SIGINT, signal.SIGTERM):
+            if signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, self._handle)
+
+    def _handle(self, number: int, _frame: FrameType | None) -> None:
+        if not self.training:
+            raise StoppedBeforeTraining(number)
+        if self.received is not None and number == signal.SIGINT:
+            os._exit(EXIT_INTERRUPTED + number)  # the last checkpoint is on the disk
+        if self.received is None:
+            self.received = number
+            hint = "; Ctrl-C again stops at once" if number == signal.SIGINT else ""
+            os.write(2, f"\nstopping after this step, saving a checkpoint{hint}\n".encode())
