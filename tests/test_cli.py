@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -24,12 +25,25 @@ Cli = Callable[..., Finished]
 WARM_START = ("tracking.mode=disabled", "training.epochs=6", "optimizer.lr=0.01")
 
 
-@pytest.fixture
-def trained(cli: Cli) -> Path:
+@pytest.fixture(scope="module")
+def trained_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run of a few seconds, good enough to recognise digits."""
-    done = cli("run", "--json", "--quiet", *WARM_START)
-    assert done.code == 0, done.err
-    return Path(json.loads(done.out)["run_dir"])
+    folder = tmp_path_factory.mktemp("trained")
+    subprocess.run(
+        [sys.executable, "-m", "mnist_wandb", "run", "--quiet", *WARM_START],
+        cwd=folder,
+        check=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL,
+    )
+    (run,) = (folder / "runs").iterdir()
+    return run
+
+
+@pytest.fixture
+def trained(trained_once: Path) -> Path:
+    """A copy of that run in the test's own runs folder."""
+    return Path(shutil.copytree(trained_once, Path("runs") / trained_once.name))
 
 
 # ── run ──────────────────────────────────────────────────────────────────────────────────────

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -45,14 +46,22 @@ def of_type(found: list[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
     return [record[kind] for record in found if record["type"] == kind]
 
 
-@pytest.fixture
-def offline_run(cli: Callable[..., Finished]) -> tuple[Path, Path]:
+@pytest.fixture(scope="module")
+def offline_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A run tracked offline: its run folder and its W&B folder."""
-    done = cli("run", "--json", *TRACKED)
-    assert done.code == 0, done.err
-    summary = json.loads(done.out)
+    folder = tmp_path_factory.mktemp("offline")
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("WANDB_")}
+    done = subprocess.run(
+        [sys.executable, "-m", "mnist_wandb", "run", "--json", *TRACKED],
+        cwd=folder,
+        check=True,
+        env={**environment, "HOME": str(folder / "home"), "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    summary = json.loads(done.stdout)
     assert summary["wandb"]["mode"] == "offline"
-    return Path(summary["run_dir"]), Path(summary["wandb"]["dir"])
+    return folder / summary["run_dir"], folder / summary["wandb"]["dir"]
 
 
 def test_the_offline_record_equals_the_run_folder(offline_run: tuple[Path, Path]) -> None:
@@ -169,12 +178,13 @@ def test_every_epoch_can_be_an_artifact(cli: Callable[..., Finished]) -> None:
 
 
 def test_nothing_is_written_outside_the_run_folder(
-    offline_run: tuple[Path, Path], tmp_path: Path
+    offline_run: tuple[Path, Path],
 ) -> None:
     run, _ = offline_run
-    assert [path.name for path in Path().iterdir()] == ["runs"]
-    assert list((tmp_path / "home").rglob("*.pt")) == []
-    assert run.is_dir()
+    home = run.parents[1] / "home"
+    assert [path.name for path in run.parents[1].iterdir() if path != home] == ["runs"]
+    assert list(home.rglob("*.pt")) == []
+    assert list(home.rglob("*.wandb")) == []
 
 
 def test_online_without_a_server_is_one_line_and_leaves_nothing(
