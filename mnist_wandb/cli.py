@@ -40,6 +40,7 @@ from mnist_wandb.signals import EXIT_INTERRUPTED, StoppedBeforeTraining, StopSig
 
 if TYPE_CHECKING:
     from mnist_wandb.metrics import EvalResult
+    from mnist_wandb.runs import RunFolder
 
 # Newer releases of Typer carry their own copy of click: the class is taken from Typer's.
 USAGE_ERROR: Any = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
@@ -96,6 +97,7 @@ def run(
 ) -> int:
     """Train one configuration: [--config NAME|FILE] [section.field=value ...]."""
     settings = load_settings()
+    folder: RunFolder | None
     if resume is not None:
         from mnist_wandb.runs import RunFolder
 
@@ -108,12 +110,25 @@ def run(
         preset = str(folder.read_environment().get("preset", ""))
         resolved = ResolvedConfig(folder.read_config(), preset, {})
     else:
-        folder = None
         resolved = resolve_config(config, context.args, sweep_parameters=settings.sweep_parameters)
+        folder = _find_requeued(resolved.config, settings)
     if dry_run:
         _describe_run(resolved, settings, as_json=as_json)
         return EXIT_DONE
     return _train(resolved, settings, folder, as_json=as_json, quiet=quiet)
+
+
+def _find_requeued(config: RunConfig, settings: Settings) -> RunFolder | None:
+    """The folder of a sweep run that was interrupted and is now handed out again."""
+    from mnist_wandb.runs import RunFolder
+
+    folder = RunFolder.with_id(settings.wandb_run_id or "", settings.runs_dir)
+    if folder is not None and folder.read_config() != config:
+        raise ConfigError(
+            f"WANDB_RUN_ID: {settings.wandb_run_id} is the run {folder.path}, which has another"
+            " configuration; unset WANDB_RUN_ID to start a new run"
+        )
+    return folder
 
 
 def _train(
@@ -140,6 +155,7 @@ def _train(
                 command=python_command(),
                 emit=display.show,
                 should_stop=stop.is_asked_for,
+                is_preempted=lambda: stop.received == signal.SIGTERM,
             )
     except MnistWandbError as error:
         if as_json and error.summary is not None:
@@ -210,6 +226,31 @@ def _describe_run(resolved: ResolvedConfig, settings: Settings, *, as_json: bool
     }
     for key, value in lines.items():
         console.print(f"{key:<16} {value}")
+
+
+@app.command()
+def sync(
+    runs: Annotated[
+        list[str], typer.Argument(metavar="RUN...", help="Run folders, ids, or latest.")
+    ],
+) -> int:
+    """Upload runs to W&B, however they were recorded; what is there already stays as it is."""
+    settings = load_settings()
+    from mnist_wandb.runs import RunFolder
+
+    folders = [RunFolder.find(run, settings.runs_dir) for run in runs]
+    from mnist_wandb.display import LogLines, make_console
+    from mnist_wandb.sync import sync_run
+
+    logging.getLogger("mnist_wandb").handlers = [LogLines(make_console(stderr=True))]
+    failed = False
+    for folder in folders:
+        try:
+            typer.echo(f"{folder.path} {sync_run(folder, settings)}")
+        except MnistWandbError as error:
+            failed = True
+            _fail(str(error), EXIT_FAILED)
+    return EXIT_FAILED if failed else EXIT_DONE
 
 
 # ── evaluate, predict ────────────────────────────────────────────────────────────────────────
@@ -447,8 +488,11 @@ def main(arguments: Sequence[str]) -> int:
         code = app(args=list(arguments), prog_name="mnist-wandb", standalone_mode=False)
     except MnistWandbError as error:
         # Once a run has begun, its end is a failed run and no bad input any more.
-        began = isinstance(error, DivergedError) or error.summary is not None
-        return _fail(str(error), EXIT_FAILED if began else EXIT_BAD_INPUT)
+        if error.summary is not None:
+            return EXIT_FAILED  # the run has said why
+        return _fail(
+            str(error), EXIT_FAILED if isinstance(error, DivergedError) else EXIT_BAD_INPUT
+        )
     except USAGE_ERROR as error:
         message = error.format_message().rstrip(".")
         return _fail(f"{message}; see `mnist-wandb --help`", EXIT_BAD_INPUT)

@@ -496,7 +496,16 @@ class TrackingConfig(Section):
     log_model: Literal["best", "every_epoch"] | None = Field(
         "best", description="Model artifact; null is none."
     )
+    log_dataset: bool = Field(
+        False, description="Upload the images too, not only the data set's fingerprint."
+    )
+    save_code: bool = Field(
+        False, description="Upload the program's code, the git commit and uncommitted changes."
+    )
     watch: bool = Field(False, description="Histograms of gradients (slow).")
+    upload_timeout_seconds: float = Field(
+        60, gt=0, le=86_400, description="Longest wait for the W&B server at the end of a run."
+    )
     alerts: bool = Field(True, description="Alert when a run has finished or diverged.")
 
 

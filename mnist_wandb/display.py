@@ -43,8 +43,9 @@ class LogLines(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """Print one message."""
-        prefix = "warning: " if record.levelno >= logging.WARNING else ""
-        self.console.print(f"{prefix}{record.getMessage()}")
+        prefix = {logging.WARNING: "warning: ", logging.ERROR: "error: "}.get(record.levelno, "")
+        for line in record.getMessage().splitlines():
+            self.console.print(f"{prefix}{line}")
 
 
 class TrainingDisplay:

@@ -8,7 +8,7 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,7 +26,7 @@ from mnist_wandb.metrics import EvalResult
 from mnist_wandb.models import build_model, count_parameters
 from mnist_wandb.runs import Recorder, RunFolder, RunSummary
 from mnist_wandb.settings import Settings, choose_wandb_mode
-from mnist_wandb.tracking import WandbSink
+from mnist_wandb.tracking import WandbSink, project_name
 from mnist_wandb.train import CheckpointReady, Event, Logged, Validated, check_batches, train
 
 log = logging.getLogger(__name__)
@@ -34,6 +34,13 @@ log = logging.getLogger(__name__)
 BYTES_PER_PARAMETER = 4 * 8
 """Room for last.pt (weights, best weights, two optimizer moments), best.pt, the copy that is
 written before each rename, and the W&B artifact."""
+
+SUMMARY_TOTALS = ("status", "num_parameters", "training_seconds", "images_per_second")
+"""What of the summary goes to W&B beside the metrics."""
+DATA_FACTS = (
+    "data_fingerprint", "class_names", "num_images", "image_shape", "data_mean", "data_std",
+)  # fmt: skip
+"""What identifies the data in environment.json and in the data-set artifact."""
 
 EXIT_CODES = {"finished": 0, "early_stopped": 0, "interrupted": 143, "diverged": 1, "failed": 1}
 
@@ -55,6 +62,7 @@ def run_experiment(
     command: Sequence[str] = (),
     emit: Callable[[Event], None] = lambda event: None,
     should_stop: Callable[[], bool] = lambda: False,
+    is_preempted: Callable[[], bool] = lambda: False,
 ) -> RunOutcome:
     """Train a configuration, record everything, score the test split once with the best weights.
 
@@ -66,6 +74,7 @@ def run_experiment(
         command: command line, for the record.
         emit: gets each event of training, after it has been recorded.
         should_stop: asked after each step; true ends the run as `interrupted`.
+        is_preempted: asked about an interrupted sweep run: true gives it back to the sweep.
 
     Returns:
         The summary, as in `summary.json`, and the test scores where the run got that far.
@@ -84,12 +93,15 @@ def run_experiment(
     with _open_folder(config, settings, preset, resume, count_parameters(model)) as folder:
         checkpoint = None
         if resume is None:
-            folder.write_environment(_describe_environment(plan, splits, settings, preset, command))
+            facts = _describe_environment(config, plan, splits, settings, preset, command)
+            folder.write_environment(facts)
         else:
             checkpoint = _load_last(folder, splits)
-            _compare_environment(folder, plan)
+            if checkpoint is not None:
+                _compare_environment(folder, plan)
         session = _Session(config, settings, folder, plan, splits, preset, started)
         session.num_parameters = count_parameters(model)
+        session.is_preempted = is_preempted
         session.begin(checkpoint)
         return session.run(model, checkpoint, emit, should_stop)
 
@@ -108,7 +120,8 @@ class _Session:
         started: float,
     ) -> None:
         self.config, self.folder, self.plan, self.splits = config, folder, plan, splits
-        self.preset, self.started = preset, started
+        self.settings, self.preset, self.started = settings, preset, started
+        self.is_preempted: Callable[[], bool] = lambda: False
         self.num_parameters = 0
         self.step, self.epoch = 0, 0.0
         self.training_seconds, self.images_used = 0.0, 0
@@ -126,7 +139,10 @@ class _Session:
         try:
             return WandbSink.start(self.config, settings, self.folder, self.mode)
         except TrackingError as error:
-            if self.mode == "offline" or self.config.tracking.mode == "online":
+            if self.mode == "offline" or "online" in (
+                self.config.tracking.mode,
+                settings.wandb_mode,
+            ):
                 raise
             log.warning("W&B: offline instead (%s)", error)
             self.mode = "offline"
@@ -140,9 +156,18 @@ class _Session:
             self.training_seconds = stored.get("training_seconds", 0.0)
             self.images_used = stored.get("images_used", 0)
             self.earlier_seconds = stored.get("total_seconds", 0.0)
-            self.folder.truncate_metrics(checkpoint.step)
-            self.folder.summary_path.unlink(missing_ok=True)
+        if self.folder.metrics_path.exists():
+            self.folder.truncate_metrics(self.step)
+        self.folder.summary_path.unlink(missing_ok=True)
         self.recorder = Recorder(self.folder, [self.wandb] if self.wandb else [])
+        arrays = {}
+        if self.config.tracking.log_dataset and self.wandb is not None:
+            for split in (self.splits.train, self.splits.val, self.splits.test):
+                arrays[f"{split.name}_images"] = split.images[:, 0].cpu().numpy()
+                arrays[f"{split.name}_labels"] = split.labels.cpu().numpy()
+        self.recorder.forward(
+            "use_dataset", self.config.data.dataset, describe_splits(self.splits), arrays
+        )
 
     def run(
         self,
@@ -189,6 +214,8 @@ class _Session:
 
     def fail(self, status: str, error: Exception, text: str) -> None:
         """End the run because of an error, which takes the summary along."""
+        if isinstance(error, MnistWandbError):
+            log.error("%s", error)  # before the W&B run ends, whose console log it belongs to
         try:
             summary = self.end(status, error=text)
         except RunError as second:  # a full disk, say: the first error is the cause
@@ -248,14 +275,9 @@ class _Session:
         return test
 
     def model_metadata(self) -> dict[str, Any]:
-        """What goes with the model artifact."""
-        return {
-            "config": self.config.model_dump(mode="json"),
-            "scores": dict(self.recorder.final),
-            "data_fingerprint": self.splits.fingerprint,
-            "class_names": list(self.splits.class_names),
-            "num_parameters": self.num_parameters,
-        }
+        """What goes with the model artifact, with the scores so far."""
+        facts = describe_splits(self.splits)
+        return model_metadata(self.config, self.recorder.final, facts, self.num_parameters)
 
     def end(self, status: str, error: str | None = None) -> RunSummary:
         """Write the summary and end the W&B run."""
@@ -289,9 +311,21 @@ class _Session:
             accuracy = summary.metrics.get("test/accuracy", 0.0)
             text = summary.error or f"test accuracy {accuracy:.4f}"
             self.recorder.forward("alert", f"{summary.name} {status}", text, status == "diverged")
-        keys = ("status", "num_parameters", "training_seconds", "images_per_second")
-        totals = {key: getattr(summary, key) for key in keys}
-        self.recorder.forward("finish", EXIT_CODES[status], totals)
+        if self.wandb is None:
+            return
+        totals = {key: getattr(summary, key) for key in SUMMARY_TOTALS}
+        try:
+            preempting = bool(
+                status == "interrupted" and self.settings.sweep_id and self.is_preempted()
+            )
+            self.wandb.finish(EXIT_CODES[status], totals, preempting=preempting)
+            if self.mode == "online":
+                self.wandb.check_upload(len(self.folder.read_metrics()), self.settings)
+        except Exception as reason:  # whatever the client does: the run is done and recorded
+            log.warning(
+                "W&B: not everything has arrived (%s); upload it with `mnist-wandb sync %s`",
+                " ".join(str(reason).split())[:200], self.folder.path,
+            )  # fmt: skip
 
     @property
     def total_seconds(self) -> float:
@@ -330,16 +364,15 @@ def _open_folder(
             lock.release()
 
 
-def _load_last(folder: RunFolder, splits: Splits) -> Checkpoint:
+def _load_last(folder: RunFolder, splits: Splits) -> Checkpoint | None:
+    """The checkpoint to continue from; None where the run was stopped before its first one."""
     summary = folder.read_summary()
     if summary is not None and summary.get("status") in ("finished", "early_stopped"):
         raise RunError(f"{folder.path}: this run is {summary['status']}; nothing is left to resume")
     path = folder.checkpoint_path("last")
     if not path.exists():
-        raise RunError(
-            f"{folder.path}: stopped before its first checkpoint; start it again with"
-            f" `mnist-wandb run --config {folder.config_path}`"
-        )
+        log.info("%s: stopped before its first checkpoint; begins again", folder.path)
+        return None
     checkpoint = load_checkpoint(path)
     if checkpoint.data_fingerprint != splits.fingerprint:
         raise RunError(
@@ -363,7 +396,12 @@ def _compare_environment(folder: RunFolder, plan: Plan) -> None:
 
 
 def _describe_environment(
-    plan: Plan, splits: Splits, settings: Settings, preset: str, command: Sequence[str]
+    config: RunConfig,
+    plan: Plan,
+    splits: Splits,
+    settings: Settings,
+    preset: str,
+    command: Sequence[str],
 ) -> dict[str, Any]:
     return {
         "preset": preset,
@@ -374,13 +412,38 @@ def _describe_environment(
         "platform": platform.platform(),
         "processor": processor_name(),
         "git_commit": _git_commit(),
-        "data_fingerprint": splits.fingerprint,
-        "data_mean": splits.mean,
-        "data_std": splits.std,
-        "num_images": {s.name: len(s) for s in (splits.train, splits.val, splits.test)},
+        **describe_splits(splits),
         "sweep_id": settings.sweep_id,
+        "wandb_entity": config.tracking.entity or settings.wandb_entity,
+        "wandb_project": project_name(config, settings),
         **plan.describe(),
     }
+
+
+def model_metadata(
+    config: RunConfig, scores: Mapping[str, float], facts: Mapping[str, Any], num_parameters: int
+) -> dict[str, Any]:
+    """What goes with a model artifact: configuration, scores, and what identifies the data."""
+    return {
+        "config": config.model_dump(mode="json"),
+        "scores": dict(scores),
+        "data_fingerprint": facts["data_fingerprint"],
+        "class_names": facts["class_names"],
+        "num_parameters": num_parameters,
+    }
+
+
+def describe_splits(splits: Splits) -> dict[str, Any]:
+    """The facts of `DATA_FACTS`, as plain values."""
+    values = (
+        splits.fingerprint,
+        list(splits.class_names),
+        {s.name: len(s) for s in (splits.train, splits.val, splits.test)},
+        list(splits.image_shape),
+        splits.mean,
+        splits.std,
+    )
+    return dict(zip(DATA_FACTS, values, strict=True))
 
 
 def package_versions() -> dict[str, str]:

@@ -174,6 +174,11 @@ class RunFolder:
         newest = f"; the newest is {runs[-1].path.name}" if runs else ""
         raise RunError(f"{spec}: no run folder of that path, name or id in {root}{newest}")
 
+    @classmethod
+    def with_id(cls, run_id: str, root: Path) -> RunFolder | None:
+        """The run folder of an id, if there is one; the newest where there are several."""
+        return next((run for run in reversed(list_runs(root)) if run.run_id == run_id), None)
+
     def lock(self) -> FileLock:
         """Take the run for this process; released when it ends, however it ends.
 
@@ -318,7 +323,7 @@ class Sink(Protocol):
     """Where a recorder forwards to; W&B is one (tracking.WandbSink, with more methods)."""
 
     def log(self, row: Row) -> None:
-        """Take one row of metrics."""
+        """Take the next row of metrics; a resumed run hands over its earlier rows first."""
 
 
 class Recorder:
@@ -330,6 +335,7 @@ class Recorder:
         self.final: dict[str, float] = {}
         for row in folder.read_metrics():  # a resumed run has rows already
             self._remember(row)
+            self.forward("log", row)
 
     def log(self, step: int, epoch: float, values: Mapping[str, float]) -> None:
         """Record one event."""
@@ -349,7 +355,11 @@ class Recorder:
             except Exception as error:
                 self.sinks.remove(sink)
                 reason = " ".join(str(error).split())[:200] or type(error).__name__
-                log.warning("W&B gets nothing more of this run (%s); %s", reason, self.folder.path)
+                log.warning(
+                    "W&B gets nothing more of this run (%s); upload it later with"
+                    " `mnist-wandb sync %s`",
+                    reason, self.folder.path,
+                )  # fmt: skip
 
     def _remember(self, row: Mapping[str, float]) -> None:
         self.final.update({k: v for k, v in row.items() if k not in ("step", "epoch")})

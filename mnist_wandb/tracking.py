@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
+import subprocess
+import sys
+import time
 import urllib.request
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -15,7 +21,7 @@ import numpy.typing as npt
 import wandb
 
 from mnist_wandb.config import RunConfig
-from mnist_wandb.errors import TrackingError
+from mnist_wandb.errors import ConfigError, MnistWandbError, TrackingError
 from mnist_wandb.metrics import (
     EvalResult,
     Ints,
@@ -30,8 +36,9 @@ DEFAULT_PROJECT = "mnist-wandb"
 INIT_TIMEOUT_SECONDS = 20.0
 """How long to wait for the server at the start before going on offline."""
 PROBE_TIMEOUT_SECONDS = 5.0
-FINISH_TIMEOUT_SECONDS = 60.0
-"""Longest wait for the server at the end of a run; the local record is complete before."""
+API_TIMEOUT_SECONDS = 20
+CHECKS = 4
+"""Times, a second apart, to look whether an upload has arrived: the server takes it in later."""
 FLUSH_SECONDS = 1.0
 """How much of the W&B record a kill may cost; the run folder loses nothing."""
 PANEL_PICTURES = 32
@@ -55,15 +62,32 @@ def _probe(base_url: str) -> None:
         raise OSError(f"{base_url} does not answer: {error.strerror or error}") from None
 
 
-class WandbSink:
-    """One W&B run, fed from the recorder."""
+def project_name(config: RunConfig, settings: Settings) -> str:
+    """The W&B project of a run."""
+    return config.tracking.project or settings.wandb_project or DEFAULT_PROJECT
 
-    def __init__(self, run: wandb.Run) -> None:
-        self.run = run
+
+class WandbSink:
+    """One W&B run, fed from the recorder.
+
+    Row n of the run folder's metrics is step n of the W&B history. So what the server has already
+    (a resumed run, a sweep run that was put back into the queue) is never sent twice, and what it
+    lacks is.
+    """
+
+    def __init__(self, run: wandb.Run, upload_timeout: float) -> None:
+        self.run, self.upload_timeout = run, upload_timeout
+        self.position = -1
 
     @classmethod
     def start(
-        cls, config: RunConfig, settings: Settings, folder: RunFolder, mode: WandbMode
+        cls,
+        config: RunConfig,
+        settings: Settings,
+        folder: RunFolder,
+        mode: WandbMode,
+        *,
+        sweep_id: str | None = None,
     ) -> WandbSink:
         """Start (or continue) the W&B run of a run folder; never asks for anything.
 
@@ -76,11 +100,12 @@ class WandbSink:
             if mode == "online":
                 _probe(settings.wandb_base_url)
             run = wandb.init(
-                project=tracking.project or settings.wandb_project or DEFAULT_PROJECT,
+                project=project_name(config, settings),
                 entity=tracking.entity or settings.wandb_entity,
                 dir=str(folder.path.absolute()),  # the client's service has another working folder
                 id=folder.run_id,
-                resume="allow",
+                # Offline, each session's record holds the whole run, so that one upload is enough.
+                resume="allow" if mode == "online" else None,
                 name=config.run_name,
                 group=tracking.group,
                 job_type=tracking.job_type,
@@ -93,10 +118,12 @@ class WandbSink:
                     silent=True,
                     console="wrap",
                     init_timeout=INIT_TIMEOUT_SECONDS,
-                    finish_timeout=FINISH_TIMEOUT_SECONDS,
+                    finish_timeout=tracking.upload_timeout_seconds,
+                    finish_timeout_raises=True,
                     x_transaction_log_flush_interval=FLUSH_SECONDS,
-                    disable_git=True,  # code and diffs stay here unless asked for
-                    save_code=False,
+                    disable_git=not tracking.save_code,
+                    save_code=tracking.save_code,
+                    sweep_id=sweep_id or settings.sweep_id,
                 ),
             )
         except (wandb.Error, OSError) as error:
@@ -107,7 +134,9 @@ class WandbSink:
             ) from None
         for pattern, axis in AXES.items():
             run.define_metric(pattern, step_metric=axis)
-        return cls(run)
+        if tracking.save_code:
+            run.log_code(str(Path(__file__).parent))
+        return cls(run, tracking.upload_timeout_seconds)
 
     def describe(self, mode: WandbMode) -> dict[str, str | None]:
         """Mode, id, and the address (online) or the folder (offline) of the run."""
@@ -120,8 +149,14 @@ class WandbSink:
         return os.path.relpath(Path(self.run.dir).parent)
 
     def log(self, row: Row) -> None:
-        """Log one row of metrics; the axes are in the row, so `step=` is not used."""
-        self.run.log(dict(row))
+        """Log the next row of metrics, unless the server has it already."""
+        self.position += 1
+        self._log(row)
+
+    def _log(self, values: Mapping[str, Any]) -> None:
+        """Add values to the latest row; the axes of charts are values too (`step`, `epoch`)."""
+        if self.position >= self.run.starting_step:
+            self.run.log(dict(values), step=self.position)
 
     def log_confusion(
         self, split: str, row: Row, confusion: Ints, class_names: Sequence[str]
@@ -140,7 +175,7 @@ class WandbSink:
             string_fields={"title": f"Confusion matrix, {split}"},
             split_table=True,
         )
-        self.run.log({f"{split}/confusion_matrix": chart, **row})
+        self._log({f"{split}/confusion_matrix": chart, **row})
 
     def log_evaluation(
         self, split: str, row: Row, result: EvalResult, images: npt.NDArray[np.uint8], count: int
@@ -175,7 +210,7 @@ class WandbSink:
             tables[f"{split}/mistakes"] = _picture_table(result, images, mistakes)
             pictures = [_picture(result, images, i) for i in samples[:PANEL_PICTURES].tolist()]
             tables[f"{split}/pictures"] = pictures
-        self.run.log({**tables, **row})
+        self._log({**tables, **row})
 
     def log_model(self, path: Path, aliases: Sequence[str], metadata: Mapping[str, Any]) -> None:
         """Log a checkpoint as a version of the run's model artifact."""
@@ -185,6 +220,26 @@ class WandbSink:
         artifact.add_file(str(path), name="model.pt")
         self.run.log_artifact(artifact, aliases=list(aliases))
 
+    def use_dataset(
+        self, name: str, facts: Mapping[str, Any], arrays: Mapping[str, npt.NDArray[Any]]
+    ) -> None:
+        """Say which data the run was trained on: an input artifact of the run.
+
+        Args:
+            name: of the data set.
+            facts: fingerprint, class names, …; also the artifact's content, so that other data
+                are another version.
+            arrays: images and labels to upload along; none by default.
+        """
+        artifact = wandb.Artifact(f"data-{slug(name)}", type="dataset", metadata=dict(facts))
+        with artifact.new_file("dataset.json") as file:
+            json.dump(facts, file, indent=2)
+        if arrays:
+            with artifact.new_file("images.npz", mode="wb") as file:
+                np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
+        # `run.use_artifact` would wait for the server, and refuses to work offline.
+        self.run._log_artifact(artifact, is_user_created=True, use_after_commit=True)
+
     def watch(self, model: Any) -> None:
         """Log histograms of the gradients of a torch module."""
         self.run.watch(model, log="gradients", log_freq=100)
@@ -193,10 +248,135 @@ class WandbSink:
         """Send an alert (W&B mails it or posts it, as the user's settings there say)."""
         self.run.alert(title=title[:64], text=text, level="WARN" if warn else "INFO")
 
-    def finish(self, exit_code: int, summary: Mapping[str, Any]) -> None:
-        """End the W&B run with its exit code and a few values of the run's summary."""
+    def finish(
+        self, exit_code: int, summary: Mapping[str, Any], *, preempting: bool = False
+    ) -> None:
+        """End the W&B run with its exit code and a few values of the run's summary.
+
+        Args:
+            exit_code: 0 is a finished run, anything else a failed one.
+            summary: values for the run's summary.
+            preempting: whether a sweep shall give the run to another agent.
+
+        Raises:
+            TrackingError: the server has not taken everything within the time that is allowed.
+        """
         self.run.summary.update(dict(summary))
-        self.run.finish(exit_code=exit_code)
+        if preempting:
+            self.run.mark_preempting()
+        try:
+            self.run.finish(exit_code=exit_code)
+        except TimeoutError:
+            raise TrackingError(
+                f"the server did not take everything within {self.upload_timeout:g} s"
+            ) from None
+
+    def check_upload(self, num_rows: int, settings: Settings) -> None:
+        """Ask the server whether everything has arrived: a refusal there is no error to the client.
+
+        Raises:
+            TrackingError: the server does not answer, or lacks some of the rows.
+        """
+        path = f"{self.run.entity}/{self.run.project}/{self.run.id}"
+        for _ in range(CHECKS):
+            remote = read_remote(path, settings)
+            found = 0 if remote is None else remote.num_rows
+            if found >= num_rows:
+                return
+            time.sleep(1)
+        raise TrackingError(f"the server has {found} of {num_rows} rows")
+
+
+# ── the server's side ────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True)
+class RemoteRun:
+    """What the server has of a run.
+
+    Attributes:
+        url: of its page.
+        state: running, finished, failed, crashed, …
+        num_rows: rows of its history.
+        summary: final values by name.
+        has_model: whether it has logged a model artifact.
+    """
+
+    url: str
+    state: str
+    num_rows: int
+    summary: Mapping[str, Any]
+    has_model: bool
+
+
+def run_path(config: RunConfig, settings: Settings, folder: RunFolder) -> str:
+    """`entity/project/id` of a run folder, as it was tracked, else as the surroundings say.
+
+    Raises:
+        ConfigError: there is no API key.
+        TrackingError: the server cannot be asked for the key's owner.
+    """
+    recorded = folder.read_environment()
+    entity = recorded.get("wandb_entity") or config.tracking.entity or settings.wandb_entity
+    project = recorded.get("wandb_project") or project_name(config, settings)
+    with _talking(settings) as api:
+        return f"{entity or api.default_entity}/{project}/{folder.run_id}"
+
+
+def read_remote(path: str, settings: Settings) -> RemoteRun | None:
+    """Ask the server what it has of a run (`entity/project/id`); None where it has nothing.
+
+    Raises:
+        TrackingError: no answer, or a refusal.
+    """
+    with _talking(settings) as api:
+        try:
+            run = api.run(path)
+        except ValueError:  # the client's word for: not found
+            return None
+        models = [artifact for artifact in run.logged_artifacts() if artifact.type == "model"]
+        return RemoteRun(
+            url=run.url,
+            state=run.state,
+            num_rows=run.lastHistoryStep + 1,  # step n is row n
+            summary=dict(run.summary_metrics),
+            has_model=bool(models),
+        )
+
+
+def upload_record(record: Path, path: str) -> str:
+    """Upload a folder of the client's record; what the server has of it is written again.
+
+    Returns:
+        What `wandb sync` said, which exits with 0 even when it has failed.
+    """
+    entity, project, run_id = path.split("/")
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "wandb", "sync", "--include-online", "--include-synced"),
+            *("--entity", entity, "--project", project, "--id", run_id, str(record.absolute())),
+        ],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return " ".join((done.stdout + done.stderr).split())[-300:]
+
+
+@contextmanager
+def _talking(settings: Settings) -> Iterator[Any]:
+    """The client's public API; every failure becomes a TrackingError."""
+    if settings.api_key_source is None:  # the client would ask for one
+        raise ConfigError("W&B: no API key found; log in with `wandb login` or set WANDB_API_KEY")
+    try:
+        _probe(settings.wandb_base_url)
+        yield wandb.Api(timeout=API_TIMEOUT_SECONDS)
+    except MnistWandbError:
+        raise
+    except Exception as error:  # the client raises many kinds
+        raise TrackingError(
+            f"W&B ({settings.wandb_base_url}): {' '.join(str(error).split())[:300]}"
+        ) from None
 
 
 def _picture(result: EvalResult, images: npt.NDArray[np.uint8], i: int) -> wandb.Image:

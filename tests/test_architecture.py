@@ -27,6 +27,7 @@ ROWS = [
     ("evaluate",),
     ("train",),
     ("experiment",),
+    ("sync",),
     ("display",),
     ("cli",),
 ]

@@ -307,7 +307,8 @@ def test_the_recorder_writes_the_folder_first_then_every_sink(tmp_path: Path) ->
     recorder = Recorder(folder, [Sink(), Sink()])
     assert recorder.final == {"train/loss": 2.0, "train/lr": 0.1}
     recorder.log(6, 1, {"train/loss": 1.0})
-    assert seen == [({"step": 6, "epoch": 1, "train/loss": 1.0}, 2)] * 2
+    earlier = {"step": 3, "epoch": 0.5, "train/loss": 2.0, "train/lr": 0.1}
+    assert seen == [(earlier, 1)] * 2 + [({"step": 6, "epoch": 1, "train/loss": 1.0}, 2)] * 2
     assert recorder.final == {"train/loss": 1.0, "train/lr": 0.1}
 
 
@@ -545,11 +546,19 @@ def test_a_run_killed_before_its_summary_has_one_test_row_after_resuming() -> No
     assert [row["step"] for row in found if "test/loss" in row] == [14]
 
 
-def test_a_run_without_a_checkpoint_cannot_be_resumed() -> None:
+def test_a_run_without_a_checkpoint_begins_again(caplog: pytest.LogCaptureFixture) -> None:
+    expected = run_quick().summary.metrics
+    (old,) = list_runs(Path("runs"))
+    old.remove()
     folder = make_run(Path("runs"))
-    with pytest.raises(RunError, match="stopped before its first checkpoint; start it again with"):
-        run_quick(resume=folder)
-    assert folder.config_path.exists()
+    folder.write_config(QUICK, "quickstart")
+    folder.append_metrics({"step": 1, "epoch": 0.1, "train/loss": 9.0})
+    with caplog.at_level("INFO"):
+        found = run_quick(resume=folder).summary.metrics
+    assert "stopped before its first checkpoint; begins again" in caplog.text
+    del found["train/images_per_second"], expected["train/images_per_second"]
+    assert found == expected
+    assert folder.read_metrics()[0]["train/loss"] != 9.0
 
 
 def test_a_run_whose_data_have_changed_cannot_be_resumed() -> None:

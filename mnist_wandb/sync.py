@@ -1,0 +1,209 @@
+"""Upload run folders to W&B: what its client has recorded, or a record rebuilt from the folder."""
+
+from __future__ import annotations
+
+import json
+import logging
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mnist_wandb.checkpoint import load_checkpoint
+from mnist_wandb.config import RunConfig
+from mnist_wandb.data import DATASETS, Splits, is_present, load_dataset
+from mnist_wandb.errors import MnistWandbError, TrackingError
+from mnist_wandb.evaluate import evaluate
+from mnist_wandb.experiment import DATA_FACTS, EXIT_CODES, SUMMARY_TOTALS, model_metadata
+from mnist_wandb.metrics import EvalResult
+from mnist_wandb.runs import Row, RunFolder
+from mnist_wandb.settings import Settings
+from mnist_wandb.tracking import CHECKS, RemoteRun, WandbSink, read_remote, run_path, upload_record
+
+log = logging.getLogger(__name__)
+
+TIMED = ("train/images_per_second",)
+"""Values that differ each time a row is made."""
+
+
+def sync_run(folder: RunFolder, settings: Settings) -> str:
+    """Bring the W&B server to the state of a run folder; uploads nothing that is there already.
+
+    Args:
+        folder: any run that has ended, however it was tracked.
+        settings: the surroundings, with an API key.
+
+    Returns:
+        The address of the run, and what was done, in a few words.
+
+    Raises:
+        RunError: the run is under way, or its folder is damaged.
+        TrackingError: the server cannot be reached, or has not taken everything.
+    """
+    config = folder.read_config()
+    lock = folder.lock()
+    try:
+        rows, summary = folder.read_metrics(), folder.read_summary()
+        path = run_path(config, settings, folder)
+        remote = read_remote(path, settings)
+        if remote is not None and _is_complete(remote, config, rows, summary):
+            return f"{remote.url}: already there"
+        record = _find_record(folder, rows, summary)
+        how = "uploaded"
+        if record is None:
+            record = rebuild_record(folder, config, settings)
+            how = "rebuilt from the run folder and uploaded"
+        messages = upload_record(record, path)
+        for _ in range(CHECKS):
+            remote = read_remote(path, settings)
+            if remote is not None and _is_complete(remote, config, rows, summary):
+                return f"{remote.url}: {how}"
+            time.sleep(1)
+        raise TrackingError(
+            f"{folder.path}: the server has not taken everything; try again"
+            + (f" ({messages})" if messages else "")
+        )
+    finally:
+        lock.release()
+
+
+def _is_complete(
+    remote: RemoteRun, config: RunConfig, rows: list[Row], summary: dict[str, Any] | None
+) -> bool:
+    """Whether the server has all rows, the final values, the end and the model."""
+    final: dict[str, float] = {}
+    for row in rows:
+        final.update(row)
+    same = all(remote.summary.get(k) == v for k, v in final.items() if k not in TIMED)
+    if not same or remote.num_rows < len(rows):
+        return False
+    if summary is None:
+        return True
+    ended = summary["status"] in ("finished", "early_stopped")
+    has_end = remote.summary.get("status") == summary["status"]
+    has_model = remote.has_model or config.tracking.log_model is None
+    return has_end and (not ended or (remote.state == "finished" and has_model))
+
+
+# ── the client's own record ──────────────────────────────────────────────────────────────────
+
+
+def _find_record(folder: RunFolder, rows: list[Row], summary: dict[str, Any] | None) -> Path | None:
+    """The newest record of the W&B client that holds the whole run, if one does."""
+    for record in sorted((folder.path / "wandb").glob("*run-*"), reverse=True):
+        found = _read_record(record)
+        history = [entry["history"]["item"] for entry in found if entry["type"] == "history"]
+        whole = len(history) == len(rows) and all(
+            item.get("_step") == n and item.items() >= row.items()
+            for n, (item, row) in enumerate(zip(history, rows, strict=True))
+        )
+        if whole and (summary is None or any(entry["type"] == "exit" for entry in found)):
+            return record
+    return None
+
+
+def _read_record(record: Path) -> list[dict[str, Any]]:
+    """All entries of a `.wandb` file; what can be read of a damaged one."""
+    done = subprocess.run(
+        [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(record.absolute())],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    found = []
+    for line in done.stdout.splitlines():
+        try:
+            found.append(json.loads(line))
+        except ValueError:
+            break
+    return found if done.returncode == 0 else []
+
+
+# ── a record made from the folder ────────────────────────────────────────────────────────────
+
+
+def rebuild_record(folder: RunFolder, config: RunConfig, settings: Settings) -> Path:
+    """Write a new offline record of a run from its folder, as an undisturbed run has it.
+
+    Console output and system metrics are not in the folder. Pictures are taken from the data
+    set, where it is at hand and unchanged.
+
+    Returns:
+        The folder that `wandb sync` takes.
+    """
+    environment, summary = folder.read_environment(), folder.read_summary()
+    splits = _load_splits(config, settings, environment)
+    best = _score_best(folder, config, splits)
+    sink = WandbSink.start(
+        config, settings, folder, "offline", sweep_id=environment.get("sweep_id")
+    )
+    record = Path(sink.record_dir).absolute()
+    facts = {k: environment[k] for k in DATA_FACTS if k in environment}
+    sink.use_dataset(config.data.dataset, facts, {})
+    final: dict[str, float] = {}
+    for row in folder.read_metrics():
+        sink.log(row)
+        final.update({k: v for k, v in row.items() if k not in ("step", "epoch")})
+        if best is not None and "val/loss" in row and row["epoch"] == row["best/epoch"]:
+            sink.log_confusion("val", _axes(row), best.confusion, best.class_names)
+    if folder.predictions_path.exists():
+        test = _read_predictions(folder, config, final)
+        images = splits.test.images[:, 0].cpu().numpy() if splits else np.zeros((0, 28, 28), "u1")
+        count = config.tracking.sample_predictions if splits else 0
+        sink.log_evaluation("test", _axes(folder.read_metrics()[-1]), test, images, count)
+        if config.tracking.log_model is not None:
+            parameters = int((summary or {}).get("num_parameters", 0))
+            metadata = model_metadata(config, final, facts, parameters)
+            sink.log_model(folder.checkpoint_path("best"), ["best", "latest"], metadata)
+    status = str(summary["status"]) if summary else "failed"
+    totals = {key: summary[key] for key in SUMMARY_TOTALS} if summary else {}
+    sink.finish(EXIT_CODES[status], totals)
+    return record
+
+
+def _axes(row: Row) -> Row:
+    return {"step": row["step"], "epoch": row["epoch"]}
+
+
+def _load_splits(
+    config: RunConfig, settings: Settings, environment: dict[str, Any]
+) -> Splits | None:
+    """The run's data, if they are at hand (nothing is downloaded) and still the same."""
+    folder = Path(config.data.dir).expanduser() if config.data.dir else settings.data_dir
+    if not is_present(DATASETS[config.data.dataset], folder):
+        log.warning("%s: not in %s, so the pictures are left out", config.data.dataset, folder)
+        return None
+    try:
+        splits = load_dataset(config.data, data_dir=settings.data_dir)
+    except MnistWandbError as error:
+        log.warning("the pictures are left out: %s", error)
+        return None
+    if splits.fingerprint != environment.get("data_fingerprint"):
+        log.warning("%s: has changed, so the pictures are left out", config.data.dataset)
+        return None
+    return splits
+
+
+def _score_best(folder: RunFolder, config: RunConfig, splits: Splits | None) -> EvalResult | None:
+    """The best weights on the validation split, for its confusion matrix."""
+    path = folder.checkpoint_path("best")
+    if splits is None or not path.exists():
+        return None
+    checkpoint = load_checkpoint(path)
+    model = checkpoint.build_model()
+    return evaluate(model, splits.val, checkpoint.preprocessing, loss=config.training.loss)
+
+
+def _read_predictions(folder: RunFolder, config: RunConfig, final: dict[str, float]) -> EvalResult:
+    """The test scores as they were recorded; the test split is not scored again."""
+    with np.load(folder.predictions_path) as arrays:
+        return EvalResult(
+            loss=final["test/loss"],
+            probabilities=arrays["probabilities"].astype(np.float32),
+            labels=arrays["labels"],
+            ids=arrays["ids"],
+            class_names=DATASETS[config.data.dataset].class_names,
+        )
