@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -256,20 +258,31 @@ def sync(
 # ── evaluate, predict ────────────────────────────────────────────────────────────────────────
 
 
-def _find_checkpoint(spec: str, settings: Settings) -> Path:
+@contextmanager
+def _find_checkpoint(
+    spec: str, settings: Settings, job_type: str
+) -> Iterator[tuple[Path, Callable[[dict[str, Any]], None]]]:
+    """The checkpoint of a run folder, a file or a W&B artifact, and where to log what it does."""
     from mnist_wandb.runs import RunFolder
 
     try:
         path = Path(spec).expanduser()
-        if path.is_file():
-            return path
+        exists = path.exists()
     except (OSError, RuntimeError, ValueError) as error:
         raise ConfigError(f"{spec[:80]!r}: not a path: {error}") from None
-    if path.suffix == ".pt":
+    if not exists and re.fullmatch(r"[^/:]+/[^/:]+/[^/:]+:[^/:]+", spec):
+        from mnist_wandb.tracking import use_model
+
+        with use_model(spec, settings, job_type) as model:
+            yield model.path, model.log
+        return
+    if path.suffix == ".pt" and not exists:
         from mnist_wandb.errors import CheckpointError
 
         raise CheckpointError(f"{path}: no such file")
-    return RunFolder.find(spec, settings.runs_dir).checkpoint_path("best")
+    if not path.is_file():
+        path = RunFolder.find(spec, settings.runs_dir).checkpoint_path("best")
+    yield path, lambda values: None
 
 
 @app.command(context_settings=WITH_OVERRIDES)
@@ -281,36 +294,37 @@ def evaluate(
 ) -> int:
     """Score a trained model: RUN|CHECKPOINT [section.field=value ...]."""
     settings = load_settings()
-    path = _find_checkpoint(model, settings)
-    from mnist_wandb.evaluate import evaluate_checkpoint
+    with _find_checkpoint(model, settings, "evaluate") as (path, record):
+        from mnist_wandb.evaluate import evaluate_checkpoint
 
-    result, config = evaluate_checkpoint(
-        path,
-        split=split,
-        data_dir=settings.data_dir,
-        override=lambda config: override_config(config, context.args),
-    )
-    metrics = result.metrics(split)
+        result, config = evaluate_checkpoint(
+            path,
+            split=split,
+            data_dir=settings.data_dir,
+            override=lambda config: override_config(config, context.args),
+        )
+        metrics = result.metrics(split)
+        record(metrics)
     if as_json:
-        typer.echo(json.dumps(_evaluation_json(result, split, path, metrics)))
+        typer.echo(json.dumps(_evaluation_json(result, split, model, path, metrics)))
         return EXIT_DONE
     from mnist_wandb.display import make_console, print_evaluation, print_metrics
 
     console = make_console()
-    title = f"{path}, {split} split of {config.data.dataset}, {len(result.labels):,} images"
-    print_metrics(console, title, metrics)
+    title = f"{path if path.exists() else model}, {split} split of {config.data.dataset}"
+    print_metrics(console, f"{title}, {len(result.labels):,} images", metrics)
     print_evaluation(console, result)
     return EXIT_DONE
 
 
 def _evaluation_json(
-    result: EvalResult, split: str, path: Path, metrics: dict[str, float]
+    result: EvalResult, split: str, model: str, path: Path, metrics: dict[str, float]
 ) -> dict[str, Any]:
     from mnist_wandb.metrics import class_scores
 
     scores = class_scores(result.confusion)
     return {
-        "checkpoint": str(path),
+        "checkpoint": str(path) if path.exists() else model,
         "split": split,
         "num_images": len(result.labels),
         "metrics": metrics,
@@ -343,16 +357,18 @@ def predict(
     from mnist_wandb.pictures import find_pictures
 
     files = find_pictures(pictures)
-    path = _find_checkpoint(model, load_settings())
-    from mnist_wandb.evaluate import predict_pictures
+    with _find_checkpoint(model, load_settings(), "predict") as (path, record):
+        from mnist_wandb.evaluate import predict_pictures
 
-    predictions = predict_pictures(path, files, preprocess=not no_preprocess)
+        predictions = predict_pictures(path, files, preprocess=not no_preprocess)
+        record({"num_pictures": len(predictions)})
     if as_json:
         rows = [
             {"file": str(file), **vars(prediction)}
             for file, prediction in zip(files, predictions, strict=True)
         ]
-        typer.echo(json.dumps({"checkpoint": str(path), "predictions": rows}))
+        checkpoint = str(path) if path.exists() else model
+        typer.echo(json.dumps({"checkpoint": checkpoint, "predictions": rows}))
         return EXIT_DONE
     from mnist_wandb.display import make_console, print_rows
 

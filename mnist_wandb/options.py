@@ -29,5 +29,8 @@ ConfigOption = Annotated[
 JsonOption = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
 ModelArgument = Annotated[
     str,
-    typer.Argument(metavar="RUN|CHECKPOINT", help="Run folder, its id, or latest; or a .pt file."),
+    typer.Argument(
+        metavar="RUN|CHECKPOINT|ARTIFACT",
+        help="Run folder, its id, or latest; a .pt file; or entity/project/name:alias in W&B.",
+    ),
 ]

@@ -7,6 +7,7 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
@@ -37,6 +38,9 @@ INIT_TIMEOUT_SECONDS = 20.0
 """How long to wait for the server at the start before going on offline."""
 PROBE_TIMEOUT_SECONDS = 5.0
 API_TIMEOUT_SECONDS = 20
+SHORT_RUN_SECONDS = 60.0
+"""Longest wait for the server at the end of a run that only uses a model."""
+MODEL_FILE = "model.pt"
 CHECKS = 4
 """Times, a second apart, to look whether an upload has arrived: the server takes it in later."""
 FLUSH_SECONDS = 1.0
@@ -65,6 +69,22 @@ def _probe(base_url: str) -> None:
 def project_name(config: RunConfig, settings: Settings) -> str:
     """The W&B project of a run."""
     return config.tracking.project or settings.wandb_project or DEFAULT_PROJECT
+
+
+def _client_settings(
+    upload_timeout: float, *, save_code: bool = False, sweep_id: str | None = None
+) -> wandb.Settings:
+    return wandb.Settings(
+        silent=True,
+        console="wrap",
+        init_timeout=INIT_TIMEOUT_SECONDS,
+        finish_timeout=upload_timeout,
+        finish_timeout_raises=True,
+        x_transaction_log_flush_interval=FLUSH_SECONDS,
+        disable_git=not save_code,
+        save_code=save_code,
+        sweep_id=sweep_id,
+    )
 
 
 class WandbSink:
@@ -114,14 +134,8 @@ class WandbSink:
                 config=config.model_dump(mode="json"),
                 mode=mode,
                 reinit="finish_previous",
-                settings=wandb.Settings(
-                    silent=True,
-                    console="wrap",
-                    init_timeout=INIT_TIMEOUT_SECONDS,
-                    finish_timeout=tracking.upload_timeout_seconds,
-                    finish_timeout_raises=True,
-                    x_transaction_log_flush_interval=FLUSH_SECONDS,
-                    disable_git=not tracking.save_code,
+                settings=_client_settings(
+                    tracking.upload_timeout_seconds,
                     save_code=tracking.save_code,
                     sweep_id=sweep_id or settings.sweep_id,
                 ),
@@ -217,7 +231,7 @@ class WandbSink:
         artifact = wandb.Artifact(
             f"model-{slug(str(self.run.name))}-{self.run.id}", type="model", metadata=dict(metadata)
         )
-        artifact.add_file(str(path), name="model.pt")
+        artifact.add_file(str(path), name=MODEL_FILE)
         self.run.log_artifact(artifact, aliases=list(aliases))
 
     def use_dataset(
@@ -377,6 +391,64 @@ def _talking(settings: Settings) -> Iterator[Any]:
         raise TrackingError(
             f"W&B ({settings.wandb_base_url}): {' '.join(str(error).split())[:300]}"
         ) from None
+
+
+@contextmanager
+def use_model(name: str, settings: Settings, job_type: str) -> Iterator[UsedModel]:
+    """Fetch a model artifact within an online run that records its use.
+
+    Args:
+        name: `entity/project/name:alias`.
+        settings: the surroundings, with an API key.
+        job_type: of the run that is made, for example `evaluate`.
+
+    Raises:
+        ConfigError: there is no API key.
+        TrackingError: the server cannot be reached, or has no such model.
+    """
+    with tempfile.TemporaryDirectory(prefix="mnist-wandb-") as folder:
+        keep_wandb_files_in(Path(folder))
+        with _talking(settings):
+            model = _fetch_model(name, job_type, Path(folder))
+        done = False
+        try:
+            yield model
+            done = True
+        finally:
+            with _talking(settings):
+                model.run.finish(exit_code=0 if done else 1)
+
+
+def _fetch_model(name: str, job_type: str, folder: Path) -> UsedModel:
+    entity, project, _ = name.split("/")
+    run = wandb.init(
+        entity=entity,
+        project=project,
+        job_type=job_type,
+        dir=str(folder),
+        mode="online",
+        reinit="finish_previous",
+        config={"model": name},
+        settings=_client_settings(SHORT_RUN_SECONDS),
+    )
+    try:
+        run.use_artifact(name, type="model").download(root=str(folder), skip_cache=True)
+    except BaseException:
+        run.finish(exit_code=1)
+        raise
+    return UsedModel(folder / MODEL_FILE, run)
+
+
+@dataclass(frozen=True)
+class UsedModel:
+    """A model artifact on this machine, and the run that uses it."""
+
+    path: Path
+    run: wandb.Run
+
+    def log(self, values: Mapping[str, Any]) -> None:
+        """Record what came of it."""
+        self.run.log(dict(values))
 
 
 def _picture(result: EvalResult, images: npt.NDArray[np.uint8], i: int) -> wandb.Image:
