@@ -271,7 +271,7 @@ def _find_checkpoint(
     except (OSError, RuntimeError, ValueError) as error:
         raise ConfigError(f"{spec[:80]!r}: not a path: {error}") from None
     if not exists and re.fullmatch(r"[^/:]+/[^/:]+/[^/:]+:[^/:]+", spec):
-        from mnist_wandb.tracking import use_model
+        from mnist_wandb.remote import use_model
 
         with use_model(spec, settings, job_type) as model:
             yield model.path, model.log

@@ -20,13 +20,14 @@ from mnist_wandb.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from mnist_wandb.config import RunConfig
 from mnist_wandb.data import Preprocessing, Splits, load_dataset
 from mnist_wandb.device import Plan, choose_plan, deterministic_mode
-from mnist_wandb.errors import DivergedError, MnistWandbError, RunError, TrackingError
+from mnist_wandb.errors import DivergedError, MnistWandbError, RunError
 from mnist_wandb.evaluate import evaluate
 from mnist_wandb.metrics import EvalResult
 from mnist_wandb.models import build_model, count_parameters
+from mnist_wandb.remote import check_upload
 from mnist_wandb.runs import Recorder, RunFolder, RunSummary
-from mnist_wandb.settings import Settings, choose_wandb_mode
-from mnist_wandb.tracking import WandbSink, project_name
+from mnist_wandb.settings import Settings
+from mnist_wandb.tracking import project_name, start_wandb
 from mnist_wandb.train import CheckpointReady, Event, Logged, Validated, check_batches, train
 
 log = logging.getLogger(__name__)
@@ -126,27 +127,7 @@ class _Session:
         self.step, self.epoch = 0, 0.0
         self.training_seconds, self.images_used = 0.0, 0
         self.earlier_seconds = 0.0
-        self.mode, reason = choose_wandb_mode(config, settings)
-        log.info("W&B: %s (%s)", self.mode, reason)
-        self.wandb = self._start_wandb(settings)
-        self.wandb_facts: dict[str, str | None] = {"mode": "disabled", "id": None}
-        if self.wandb is not None:
-            self.wandb_facts = self.wandb.describe(self.mode)
-
-    def _start_wandb(self, settings: Settings) -> WandbSink | None:
-        if self.mode == "disabled":
-            return None
-        try:
-            return WandbSink.start(self.config, settings, self.folder, self.mode)
-        except TrackingError as error:
-            if self.mode == "offline" or "online" in (
-                self.config.tracking.mode,
-                settings.wandb_mode,
-            ):
-                raise
-            log.warning("W&B: offline instead (%s)", error)
-            self.mode = "offline"
-            return WandbSink.start(self.config, settings, self.folder, self.mode)
+        self.wandb, self.wandb_facts = start_wandb(config, settings, folder)
 
     def begin(self, checkpoint: Checkpoint | None) -> None:
         """Start recording, or go on from a checkpoint with what the sessions before have left."""
@@ -319,8 +300,9 @@ class _Session:
                 status == "interrupted" and self.settings.sweep_id and self.is_preempted()
             )
             self.wandb.finish(EXIT_CODES[status], totals, preempting=preempting)
-            if self.mode == "online":
-                self.wandb.check_upload(len(self.folder.read_metrics()), self.settings)
+            if self.wandb_facts["mode"] == "online":
+                rows = self.folder.read_metrics()
+                check_upload(self.wandb.path, len(rows), self.settings)
         except Exception as reason:  # whatever the client does: the run is done and recorded
             log.warning(
                 "W&B: not everything has arrived (%s); upload it with `mnist-wandb sync %s`",

@@ -19,9 +19,10 @@ from mnist_wandb.errors import MnistWandbError, TrackingError
 from mnist_wandb.evaluate import evaluate
 from mnist_wandb.experiment import DATA_FACTS, EXIT_CODES, SUMMARY_TOTALS, model_metadata
 from mnist_wandb.metrics import EvalResult
+from mnist_wandb.remote import CHECKS, RemoteRun, read_remote, run_path, upload_record
 from mnist_wandb.runs import Row, RunFolder
 from mnist_wandb.settings import Settings
-from mnist_wandb.tracking import CHECKS, RemoteRun, WandbSink, read_remote, run_path, upload_record
+from mnist_wandb.tracking import WandbSink
 
 log = logging.getLogger(__name__)
 

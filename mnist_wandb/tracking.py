@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import socket
-import subprocess
-import sys
-import tempfile
-import time
 import urllib.request
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -22,7 +17,7 @@ import numpy.typing as npt
 import wandb
 
 from mnist_wandb.config import RunConfig
-from mnist_wandb.errors import ConfigError, MnistWandbError, TrackingError
+from mnist_wandb.errors import TrackingError
 from mnist_wandb.metrics import (
     EvalResult,
     Ints,
@@ -31,18 +26,20 @@ from mnist_wandb.metrics import (
     sample_positions,
 )
 from mnist_wandb.runs import Row, RunFolder, slug
-from mnist_wandb.settings import Settings, WandbMode, keep_wandb_files_in
+from mnist_wandb.settings import (
+    Settings,
+    WandbMode,
+    choose_wandb_mode,
+    keep_wandb_files_in,
+)
+
+log = logging.getLogger(__name__)
 
 DEFAULT_PROJECT = "mnist-wandb"
 INIT_TIMEOUT_SECONDS = 20.0
 """How long to wait for the server at the start before going on offline."""
 PROBE_TIMEOUT_SECONDS = 5.0
-API_TIMEOUT_SECONDS = 20
-SHORT_RUN_SECONDS = 60.0
-"""Longest wait for the server at the end of a run that only uses a model."""
 MODEL_FILE = "model.pt"
-CHECKS = 4
-"""Times, a second apart, to look whether an upload has arrived: the server takes it in later."""
 FLUSH_SECONDS = 1.0
 """How much of the W&B record a kill may cost; the run folder loses nothing."""
 PANEL_PICTURES = 32
@@ -50,7 +47,7 @@ PANEL_PICTURES = 32
 AXES = {"train/*": "step", "val/*": "epoch", "best/*": "epoch", "test/*": "epoch"}
 
 
-def _probe(base_url: str) -> None:
+def probe_server(base_url: str) -> None:
     """Fail at once where nothing answers; the client itself would retry until its time is up.
 
     Raises:
@@ -71,9 +68,10 @@ def project_name(config: RunConfig, settings: Settings) -> str:
     return config.tracking.project or settings.wandb_project or DEFAULT_PROJECT
 
 
-def _client_settings(
+def client_settings(
     upload_timeout: float, *, save_code: bool = False, sweep_id: str | None = None
 ) -> wandb.Settings:
+    """The client's settings for every run; `upload_timeout` is in seconds."""
     return wandb.Settings(
         silent=True,
         console="wrap",
@@ -118,7 +116,7 @@ class WandbSink:
         keep_wandb_files_in(folder.path / "wandb")
         try:
             if mode == "online":
-                _probe(settings.wandb_base_url)
+                probe_server(settings.wandb_base_url)
             run = wandb.init(
                 project=project_name(config, settings),
                 entity=tracking.entity or settings.wandb_entity,
@@ -126,7 +124,7 @@ class WandbSink:
                 id=folder.run_id,
                 # Offline, each session's record holds the whole run, so that one upload is enough.
                 resume="allow" if mode == "online" else None,
-                name=config.run_name,
+                name=config.name or f"{config.run_name}-seed{config.seed}",
                 group=tracking.group,
                 job_type=tracking.job_type,
                 tags=list(tracking.tags),
@@ -134,7 +132,7 @@ class WandbSink:
                 config=config.model_dump(mode="json"),
                 mode=mode,
                 reinit="finish_previous",
-                settings=_client_settings(
+                settings=client_settings(
                     tracking.upload_timeout_seconds,
                     save_code=tracking.save_code,
                     sweep_id=sweep_id or settings.sweep_id,
@@ -156,6 +154,11 @@ class WandbSink:
         """Mode, id, and the address (online) or the folder (offline) of the run."""
         place = {"url": self.run.url} if mode == "online" else {"dir": self.record_dir}
         return {"mode": mode, "id": self.run.id, **place}
+
+    @property
+    def path(self) -> str:
+        """`entity/project/id`."""
+        return f"{self.run.entity}/{self.run.project}/{self.run.id}"
 
     @property
     def record_dir(self) -> str:
@@ -285,170 +288,31 @@ class WandbSink:
                 f"the server did not take everything within {self.upload_timeout:g} s"
             ) from None
 
-    def check_upload(self, num_rows: int, settings: Settings) -> None:
-        """Ask the server whether everything has arrived: a refusal there is no error to the client.
 
-        Raises:
-            TrackingError: the server does not answer, or lacks some of the rows.
-        """
-        path = f"{self.run.entity}/{self.run.project}/{self.run.id}"
-        for _ in range(CHECKS):
-            remote = read_remote(path, settings)
-            found = 0 if remote is None else remote.num_rows
-            if found >= num_rows:
-                return
-            time.sleep(1)
-        raise TrackingError(f"the server has {found} of {num_rows} rows")
-
-
-# ── the server's side ────────────────────────────────────────────────────────────────────────
-
-
-@dataclass(frozen=True)
-class RemoteRun:
-    """What the server has of a run.
-
-    Attributes:
-        url: of its page.
-        state: running, finished, failed, crashed, …
-        num_rows: rows of its history.
-        summary: final values by name.
-        has_model: whether it has logged a model artifact.
-    """
-
-    url: str
-    state: str
-    num_rows: int
-    summary: Mapping[str, Any]
-    has_model: bool
-
-
-def run_path(config: RunConfig, settings: Settings, folder: RunFolder) -> str:
-    """`entity/project/id` of a run folder, as it was tracked, else as the surroundings say.
-
-    Raises:
-        ConfigError: there is no API key.
-        TrackingError: the server cannot be asked for the key's owner.
-    """
-    recorded = folder.read_environment()
-    entity = recorded.get("wandb_entity") or config.tracking.entity or settings.wandb_entity
-    project = recorded.get("wandb_project") or project_name(config, settings)
-    with _talking(settings) as api:
-        return f"{entity or api.default_entity}/{project}/{folder.run_id}"
-
-
-def read_remote(path: str, settings: Settings) -> RemoteRun | None:
-    """Ask the server what it has of a run (`entity/project/id`); None where it has nothing.
-
-    Raises:
-        TrackingError: no answer, or a refusal.
-    """
-    with _talking(settings) as api:
-        try:
-            run = api.run(path)
-        except ValueError:  # the client's word for: not found
-            return None
-        models = [artifact for artifact in run.logged_artifacts() if artifact.type == "model"]
-        return RemoteRun(
-            url=run.url,
-            state=run.state,
-            num_rows=run.lastHistoryStep + 1,  # step n is row n
-            summary=dict(run.summary_metrics),
-            has_model=bool(models),
-        )
-
-
-def upload_record(record: Path, path: str) -> str:
-    """Upload a folder of the client's record; what the server has of it is written again.
+def start_wandb(
+    config: RunConfig, settings: Settings, folder: RunFolder
+) -> tuple[WandbSink | None, dict[str, str | None]]:
+    """Start the W&B run of a folder as configured; where `auto` finds no server, offline.
 
     Returns:
-        What `wandb sync` said, which exits with 0 even when it has failed.
-    """
-    entity, project, run_id = path.split("/")
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "wandb", "sync", "--include-online", "--include-synced"),
-            *("--entity", entity, "--project", project, "--id", run_id, str(record.absolute())),
-        ],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    return " ".join((done.stdout + done.stderr).split())[-300:]
-
-
-@contextmanager
-def _talking(settings: Settings) -> Iterator[Any]:
-    """The client's public API; every failure becomes a TrackingError."""
-    if settings.api_key_source is None:  # the client would ask for one
-        raise ConfigError("W&B: no API key found; log in with `wandb login` or set WANDB_API_KEY")
-    try:
-        _probe(settings.wandb_base_url)
-        yield wandb.Api(timeout=API_TIMEOUT_SECONDS)
-    except MnistWandbError:
-        raise
-    except Exception as error:  # the client raises many kinds
-        raise TrackingError(
-            f"W&B ({settings.wandb_base_url}): {' '.join(str(error).split())[:300]}"
-        ) from None
-
-
-@contextmanager
-def use_model(name: str, settings: Settings, job_type: str) -> Iterator[UsedModel]:
-    """Fetch a model artifact within an online run that records its use.
-
-    Args:
-        name: `entity/project/name:alias`.
-        settings: the surroundings, with an API key.
-        job_type: of the run that is made, for example `evaluate`.
+        The sink, or None where tracking is disabled, and mode, id, and url or dir.
 
     Raises:
-        ConfigError: there is no API key.
-        TrackingError: the server cannot be reached, or has no such model.
+        TrackingError: W&B cannot start offline either, or online was asked for.
     """
-    with tempfile.TemporaryDirectory(prefix="mnist-wandb-") as folder:
-        keep_wandb_files_in(Path(folder))
-        with _talking(settings):
-            model = _fetch_model(name, job_type, Path(folder))
-        done = False
-        try:
-            yield model
-            done = True
-        finally:
-            with _talking(settings):
-                model.run.finish(exit_code=0 if done else 1)
-
-
-def _fetch_model(name: str, job_type: str, folder: Path) -> UsedModel:
-    entity, project, _ = name.split("/")
-    run = wandb.init(
-        entity=entity,
-        project=project,
-        job_type=job_type,
-        dir=str(folder),
-        mode="online",
-        reinit="finish_previous",
-        config={"model": name},
-        settings=_client_settings(SHORT_RUN_SECONDS),
-    )
+    mode, reason = choose_wandb_mode(config, settings)
+    log.info("W&B: %s (%s)", mode, reason)
+    if mode == "disabled":
+        return None, {"mode": mode, "id": None}
     try:
-        run.use_artifact(name, type="model").download(root=str(folder), skip_cache=True)
-    except BaseException:
-        run.finish(exit_code=1)
-        raise
-    return UsedModel(folder / MODEL_FILE, run)
-
-
-@dataclass(frozen=True)
-class UsedModel:
-    """A model artifact on this machine, and the run that uses it."""
-
-    path: Path
-    run: wandb.Run
-
-    def log(self, values: Mapping[str, Any]) -> None:
-        """Record what came of it."""
-        self.run.log(dict(values))
+        sink = WandbSink.start(config, settings, folder, mode)
+    except TrackingError as error:
+        if mode == "offline" or "online" in (config.tracking.mode, settings.wandb_mode):
+            raise
+        log.warning("W&B: offline instead (%s)", error)
+        mode = "offline"
+        sink = WandbSink.start(config, settings, folder, mode)
+    return sink, sink.describe(mode)
 
 
 def _picture(result: EvalResult, images: npt.NDArray[np.uint8], i: int) -> wandb.Image:

@@ -23,7 +23,7 @@ ROWS = [
     ("settings", "metrics", "options"),
     ("runs",),
     ("device", "augment", "pictures", "models", "data", "optim", "tracking"),
-    ("checkpoint",),
+    ("checkpoint", "remote"),
     ("evaluate",),
     ("train",),
     ("experiment",),
@@ -46,7 +46,7 @@ LIGHT = (
     "cli",
 )
 """Imported without torch and wandb, so that help and configuration errors come at once."""
-HOMES = {"wandb": {"tracking"}, "typer": {"cli", "options"}, "rich": {"cli", "display"}}
+HOMES = {"wandb": {"tracking", "remote"}, "typer": {"cli", "options"}, "rich": {"cli", "display"}}
 """Packages that stay in one room."""
 UNUSED = {"matplotlib", "sklearn", "pandas", "scipy"}
 MAX_LINES = 60

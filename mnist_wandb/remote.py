@@ -1,0 +1,189 @@
+"""The W&B server's side: what it has of a run, uploads of records, models from artifacts."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import wandb
+
+from mnist_wandb.config import RunConfig
+from mnist_wandb.errors import ConfigError, MnistWandbError, TrackingError
+from mnist_wandb.runs import RunFolder
+from mnist_wandb.settings import Settings, keep_wandb_files_in
+from mnist_wandb.tracking import MODEL_FILE, client_settings, probe_server, project_name
+
+API_TIMEOUT_SECONDS = 20
+CHECKS = 4
+"""Times, a second apart, to look whether an upload has arrived: the server takes it in later."""
+SHORT_RUN_SECONDS = 60.0
+"""Longest wait for the server at the end of a run that only uses a model."""
+
+
+@dataclass(frozen=True)
+class RemoteRun:
+    """What the server has of a run.
+
+    Attributes:
+        url: of its page.
+        state: running, finished, failed, crashed, …
+        num_rows: rows of its history.
+        summary: final values by name.
+        has_model: whether it has logged a model artifact.
+    """
+
+    url: str
+    state: str
+    num_rows: int
+    summary: Mapping[str, Any]
+    has_model: bool
+
+
+def run_path(config: RunConfig, settings: Settings, folder: RunFolder) -> str:
+    """`entity/project/id` of a run folder, as it was tracked, else as the surroundings say.
+
+    Raises:
+        ConfigError: there is no API key.
+        TrackingError: the server cannot be asked for the key's owner.
+    """
+    recorded = folder.read_environment()
+    entity = recorded.get("wandb_entity") or config.tracking.entity or settings.wandb_entity
+    project = recorded.get("wandb_project") or project_name(config, settings)
+    with _talking(settings) as api:
+        return f"{entity or api.default_entity}/{project}/{folder.run_id}"
+
+
+def read_remote(path: str, settings: Settings) -> RemoteRun | None:
+    """Ask the server what it has of a run (`entity/project/id`); None where it has nothing.
+
+    Raises:
+        TrackingError: no answer, or a refusal.
+    """
+    with _talking(settings) as api:
+        try:
+            run = api.run(path)
+        except ValueError:  # the client's word for: not found
+            return None
+        models = [artifact for artifact in run.logged_artifacts() if artifact.type == "model"]
+        return RemoteRun(
+            url=run.url,
+            state=run.state,
+            num_rows=run.lastHistoryStep + 1,  # step n is row n
+            summary=dict(run.summary_metrics),
+            has_model=bool(models),
+        )
+
+
+def check_upload(path: str, num_rows: int, settings: Settings) -> None:
+    """Ask the server whether everything has arrived: a refusal there is no error to the client.
+
+    Raises:
+        TrackingError: the server does not answer, or lacks some of the rows.
+    """
+    for _ in range(CHECKS):
+        remote = read_remote(path, settings)
+        found = 0 if remote is None else remote.num_rows
+        if found >= num_rows:
+            return
+        time.sleep(1)
+    raise TrackingError(f"the server has {found} of {num_rows} rows")
+
+
+def upload_record(record: Path, path: str) -> str:
+    """Upload a folder of the client's record; what the server has of it is written again.
+
+    Returns:
+        What `wandb sync` said, which exits with 0 even when it has failed.
+    """
+    entity, project, run_id = path.split("/")
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "wandb", "sync", "--include-online", "--include-synced"),
+            *("--entity", entity, "--project", project, "--id", run_id, str(record.absolute())),
+        ],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return " ".join((done.stdout + done.stderr).split())[-300:]
+
+
+@contextmanager
+def _talking(settings: Settings) -> Iterator[Any]:
+    """The client's public API; every failure becomes a TrackingError."""
+    if settings.api_key_source is None:  # the client would ask for one
+        raise ConfigError("W&B: no API key found; log in with `wandb login` or set WANDB_API_KEY")
+    try:
+        probe_server(settings.wandb_base_url)
+        yield wandb.Api(timeout=API_TIMEOUT_SECONDS)
+    except MnistWandbError:
+        raise
+    except Exception as error:  # the client raises many kinds
+        raise TrackingError(
+            f"W&B ({settings.wandb_base_url}): {' '.join(str(error).split())[:300]}"
+        ) from None
+
+
+@contextmanager
+def use_model(name: str, settings: Settings, job_type: str) -> Iterator[UsedModel]:
+    """Fetch a model artifact within an online run that records its use.
+
+    Args:
+        name: `entity/project/name:alias`.
+        settings: the surroundings, with an API key.
+        job_type: of the run that is made, for example `evaluate`.
+
+    Raises:
+        ConfigError: there is no API key.
+        TrackingError: the server cannot be reached, or has no such model.
+    """
+    with tempfile.TemporaryDirectory(prefix="mnist-wandb-") as folder:
+        keep_wandb_files_in(Path(folder))
+        with _talking(settings):
+            model = _fetch_model(name, job_type, Path(folder))
+        done = False
+        try:
+            yield model
+            done = True
+        finally:
+            with _talking(settings):
+                model.run.finish(exit_code=0 if done else 1)
+
+
+def _fetch_model(name: str, job_type: str, folder: Path) -> UsedModel:
+    entity, project, _ = name.split("/")
+    run = wandb.init(
+        entity=entity,
+        project=project,
+        job_type=job_type,
+        dir=str(folder),
+        mode="online",
+        reinit="finish_previous",
+        config={"model": name},
+        settings=client_settings(SHORT_RUN_SECONDS),
+    )
+    try:
+        run.use_artifact(name, type="model").download(root=str(folder), skip_cache=True)
+    except BaseException:
+        run.finish(exit_code=1)
+        raise
+    return UsedModel(folder / MODEL_FILE, run)
+
+
+@dataclass(frozen=True)
+class UsedModel:
+    """A model artifact on this machine, and the run that uses it."""
+
+    path: Path
+    run: wandb.Run
+
+    def log(self, values: Mapping[str, Any]) -> None:
+        """Record what came of it."""
+        self.run.log(dict(values))
