@@ -7,7 +7,13 @@ def main() -> None:
     """Run the command line and exit with its code."""
     from mnist_wandb.cli import main as run
 
-    sys.exit(run(sys.argv[1:]))
+    code = run(sys.argv[1:])
+    tracking = sys.modules.get("mnist_wandb.tracking")  # imported only where it was needed
+    if tracking is not None and tracking.has_given_up():
+        from mnist_wandb.signals import exit_at_once
+
+        exit_at_once(code)
+    sys.exit(code)
 
 
 if __name__ == "__main__":

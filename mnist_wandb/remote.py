@@ -18,7 +18,13 @@ from mnist_wandb.config import RunConfig
 from mnist_wandb.errors import ConfigError, MnistWandbError, TrackingError
 from mnist_wandb.runs import RunFolder
 from mnist_wandb.settings import Settings, keep_wandb_files_in
-from mnist_wandb.tracking import MODEL_FILE, client_settings, probe_server, project_name
+from mnist_wandb.tracking import (
+    MODEL_FILE,
+    client_settings,
+    probe_server,
+    project_name,
+    silence_client,
+)
 
 API_TIMEOUT_SECONDS = 20
 CHECKS = 4
@@ -36,14 +42,14 @@ class RemoteRun:
         state: running, finished, failed, crashed, …
         num_rows: rows of its history.
         summary: final values by name.
-        has_model: whether it has logged a model artifact.
+        has_model: whether it has logged a model artifact; None where that was not asked for.
     """
 
     url: str
     state: str
     num_rows: int
     summary: Mapping[str, Any]
-    has_model: bool
+    has_model: bool | None = None
 
 
 def run_path(config: RunConfig, settings: Settings, folder: RunFolder) -> str:
@@ -60,7 +66,7 @@ def run_path(config: RunConfig, settings: Settings, folder: RunFolder) -> str:
         return f"{entity or api.default_entity}/{project}/{folder.run_id}"
 
 
-def read_remote(path: str, settings: Settings) -> RemoteRun | None:
+def read_remote(path: str, settings: Settings, *, with_model: bool = False) -> RemoteRun | None:
     """Ask the server what it has of a run (`entity/project/id`); None where it has nothing.
 
     Raises:
@@ -71,13 +77,15 @@ def read_remote(path: str, settings: Settings) -> RemoteRun | None:
             run = api.run(path)
         except ValueError:  # the client's word for: not found
             return None
-        models = [artifact for artifact in run.logged_artifacts() if artifact.type == "model"]
+        has_model = None
+        if with_model:  # slow: the client imports its artifacts for that
+            has_model = any(artifact.type == "model" for artifact in run.logged_artifacts())
         return RemoteRun(
             url=run.url,
             state=run.state,
             num_rows=run.lastHistoryStep + 1,  # step n is row n
             summary=dict(run.summary_metrics),
-            has_model=bool(models),
+            has_model=has_model,
         )
 
 
@@ -122,6 +130,7 @@ def _talking(settings: Settings) -> Iterator[Any]:
         raise ConfigError("W&B: no API key found; log in with `wandb login` or set WANDB_API_KEY")
     try:
         probe_server(settings.wandb_base_url)
+        silence_client()
         yield wandb.Api(timeout=API_TIMEOUT_SECONDS)
     except MnistWandbError:
         raise

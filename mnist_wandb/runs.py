@@ -332,6 +332,7 @@ class Recorder:
     def __init__(self, folder: RunFolder, sinks: Iterable[Sink] = ()) -> None:
         self.folder = folder
         self.sinks = list(sinks)
+        self.has_failed = False
         self.final: dict[str, float] = {}
         for row in folder.read_metrics():  # a resumed run has rows already
             self._remember(row)
@@ -345,21 +346,22 @@ class Recorder:
         self.forward("log", row)
 
     def forward(self, method: str, *arguments: Any) -> None:
-        """Call a method of every sink; one that fails is dropped, with a warning.
+        """Call a method of every sink; what fails there is left out, with one warning.
 
         The folder is the record, a sink only shows it: no failure there may end a run.
         """
-        for sink in list(self.sinks):
+        for sink in self.sinks:
             try:
                 getattr(sink, method)(*arguments)
             except Exception as error:
-                self.sinks.remove(sink)
-                reason = " ".join(str(error).split())[:200] or type(error).__name__
-                log.warning(
-                    "W&B gets nothing more of this run (%s); upload it later with"
-                    " `mnist-wandb sync %s`",
-                    reason, self.folder.path,
-                )  # fmt: skip
+                if not self.has_failed:
+                    reason = " ".join(str(error).split())[:200] or type(error).__name__
+                    log.warning(
+                        "W&B does not get everything of this run (%s); upload it later with"
+                        " `mnist-wandb sync %s`",
+                        reason, self.folder.path,
+                    )  # fmt: skip
+                self.has_failed = True
 
     def _remember(self, row: Mapping[str, float]) -> None:
         self.final.update({k: v for k, v in row.items() if k not in ("step", "epoch")})

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
+import sys
 from types import FrameType
 
 EXIT_INTERRUPTED = 128
@@ -48,3 +50,11 @@ class StopSignals:
             self.received = number
             hint = "; Ctrl-C again stops at once" if number == signal.SIGINT else ""
             os.write(2, f"\nstopping after this step, saving a checkpoint{hint}\n".encode())
+
+
+def exit_at_once(code: int) -> None:
+    """End the process without its exit hooks; what it has printed is shown."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(code)

@@ -49,17 +49,17 @@ def sync_run(folder: RunFolder, settings: Settings) -> str:
     try:
         rows, summary = folder.read_metrics(), folder.read_summary()
         path = run_path(config, settings, folder)
-        remote = read_remote(path, settings)
+        remote = read_remote(path, settings, with_model=True)
         if remote is not None and _is_complete(remote, config, rows, summary):
             return f"{remote.url}: already there"
-        record = _find_record(folder, rows, summary)
+        record = _find_record(folder, config, rows, summary)
         how = "uploaded"
         if record is None:
             record = rebuild_record(folder, config, settings)
             how = "rebuilt from the run folder and uploaded"
         messages = upload_record(record, path)
         for _ in range(CHECKS):
-            remote = read_remote(path, settings)
+            remote = read_remote(path, settings, with_model=True)
             if remote is not None and _is_complete(remote, config, rows, summary):
                 return f"{remote.url}: {how}"
             time.sleep(1)
@@ -92,8 +92,11 @@ def _is_complete(
 # ── the client's own record ──────────────────────────────────────────────────────────────────
 
 
-def _find_record(folder: RunFolder, rows: list[Row], summary: dict[str, Any] | None) -> Path | None:
+def _find_record(
+    folder: RunFolder, config: RunConfig, rows: list[Row], summary: dict[str, Any] | None
+) -> Path | None:
     """The newest record of the W&B client that holds the whole run, if one does."""
+    needs_model = folder.predictions_path.exists() and config.tracking.log_model is not None
     for record in sorted((folder.path / "wandb").glob("*run-*"), reverse=True):
         found = _read_record(record)
         history = [entry["history"]["item"] for entry in found if entry["type"] == "history"]
@@ -101,7 +104,12 @@ def _find_record(folder: RunFolder, rows: list[Row], summary: dict[str, Any] | N
             item.get("_step") == n and item.items() >= row.items()
             for n, (item, row) in enumerate(zip(history, rows, strict=True))
         )
-        if whole and (summary is None or any(entry["type"] == "exit" for entry in found)):
+        ended = summary is None or any(entry["type"] == "exit" for entry in found)
+        has_model = any(
+            entry["type"] == "artifact" and "best" in entry["artifact"].get("aliases", [])
+            for entry in found
+        )
+        if whole and ended and (has_model or not needs_model):
             return record
     return None
 

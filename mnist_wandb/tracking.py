@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import logging
 import os
+import queue
 import socket
+import threading
 import urllib.request
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -40,6 +42,8 @@ INIT_TIMEOUT_SECONDS = 20.0
 """How long to wait for the server at the start before going on offline."""
 PROBE_TIMEOUT_SECONDS = 5.0
 MODEL_FILE = "model.pt"
+FINISH_GRACE_SECONDS = 2.0
+"""How much longer than its time limit the client may take at the end."""
 FLUSH_SECONDS = 1.0
 """How much of the W&B record a kill may cost; the run folder loses nothing."""
 PANEL_PICTURES = 32
@@ -66,6 +70,12 @@ def probe_server(base_url: str) -> None:
 def project_name(config: RunConfig, settings: Settings) -> str:
     """The W&B project of a run."""
     return config.tracking.project or settings.wandb_project or DEFAULT_PROJECT
+
+
+def silence_client() -> None:
+    """Leave it to this program to say what has to be said."""
+    logging.getLogger("opentelemetry").setLevel(logging.CRITICAL)
+    wandb.setup(settings=wandb.Settings(silent=True))
 
 
 def client_settings(
@@ -95,6 +105,7 @@ class WandbSink:
 
     def __init__(self, run: wandb.Run, upload_timeout: float) -> None:
         self.run, self.upload_timeout = run, upload_timeout
+        self.background = Background()
         self.position = -1
 
     @classmethod
@@ -114,6 +125,7 @@ class WandbSink:
         """
         tracking = config.tracking
         keep_wandb_files_in(folder.path / "wandb")
+        silence_client()
         try:
             if mode == "online":
                 probe_server(settings.wandb_base_url)
@@ -140,6 +152,7 @@ class WandbSink:
             )
         except (wandb.Error, OSError) as error:
             wandb.teardown()  # else the client holds the id for a run that never began
+            _give_up()
             raise TrackingError(
                 f"W&B could not start ({mode}): {' '.join(str(error).split())[:300]};"
                 " set tracking.mode=offline to record here and upload later"
@@ -235,7 +248,7 @@ class WandbSink:
             f"model-{slug(str(self.run.name))}-{self.run.id}", type="model", metadata=dict(metadata)
         )
         artifact.add_file(str(path), name=MODEL_FILE)
-        self.run.log_artifact(artifact, aliases=list(aliases))
+        self.background.put(lambda: self.run.log_artifact(artifact, aliases=list(aliases)))
 
     def use_dataset(
         self, name: str, facts: Mapping[str, Any], arrays: Mapping[str, npt.NDArray[Any]]
@@ -255,7 +268,9 @@ class WandbSink:
             with artifact.new_file("images.npz", mode="wb") as file:
                 np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
         # `run.use_artifact` would wait for the server, and refuses to work offline.
-        self.run._log_artifact(artifact, is_user_created=True, use_after_commit=True)
+        self.background.put(
+            lambda: self.run._log_artifact(artifact, is_user_created=True, use_after_commit=True)
+        )
 
     def watch(self, model: Any) -> None:
         """Log histograms of the gradients of a torch module."""
@@ -281,12 +296,61 @@ class WandbSink:
         self.run.summary.update(dict(summary))
         if preempting:
             self.run.mark_preempting()
-        try:
-            self.run.finish(exit_code=exit_code)
-        except TimeoutError:
-            raise TrackingError(
-                f"the server did not take everything within {self.upload_timeout:g} s"
-            ) from None
+        self.background.put(lambda: self.run.finish(exit_code=exit_code))
+        self.background.end(self.upload_timeout)
+
+
+class Background:
+    """Does calls that ask the server in a thread of its own, one after the other.
+
+    The client answers most calls at once and sends later, but asks the server about artifacts
+    and at the end. Training must not wait for that, and a server that keeps silent must not hold
+    the program: the client's own limits do not hold against every fault (seen with endless 500).
+    """
+
+    def __init__(self) -> None:
+        self.calls: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()
+        self.error: Exception | None = None
+        self.thread = threading.Thread(target=self._work, name="mnist-wandb-uploads", daemon=True)
+        self.thread.start()
+
+    def put(self, call: Callable[[], object]) -> None:
+        """Do a call soon; its errors are told by `end`."""
+        self.calls.put(call)
+
+    def end(self, timeout: float) -> None:
+        """Wait for all calls.
+
+        Raises:
+            TrackingError: one has failed, or they take longer than `timeout` seconds.
+        """
+        self.calls.put(None)
+        self.thread.join(timeout + FINISH_GRACE_SECONDS)
+        if self.thread.is_alive() or isinstance(self.error, TimeoutError):
+            _give_up()
+            raise TrackingError(f"the server did not take everything within {timeout:g} s")
+        if self.error is not None:
+            raise TrackingError(" ".join(str(self.error).split())[:300])
+
+    def _work(self) -> None:
+        while (call := self.calls.get()) is not None:
+            try:
+                call()
+            except Exception as error:  # whatever the client raises; told at the end
+                self.error = error
+
+
+_has_given_up = False
+
+
+def _give_up() -> None:
+    global _has_given_up  # noqa: PLW0603 - so is the client and its exit hooks
+    _has_given_up = True
+
+
+def has_given_up() -> bool:
+    """Whether a server did not answer in time; the client's own exit hooks would wait on for it."""
+    return _has_given_up
 
 
 def start_wandb(
