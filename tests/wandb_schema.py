@@ -143,15 +143,21 @@ class Schema:
 
     Args:
         state: what they read and change.
+
+    Attributes:
         url: the server's address, for the addresses of files.
+        replay_appends: what becomes of a run that is sent once more without `resume`. False, as
+            W&B documents it: the new rows are written over the old ones. True: they come after
+            them, which is what the client does if the server tells it how many there are.
     """
 
-    def __init__(self, state: State, url: str) -> None:
+    def __init__(self, state: State) -> None:
         self.state = state
-        self.url = url
+        self.url = ""
+        self.replay_appends = False
         self.query = {
             "__typename": "Query",
-            "viewer": lambda: user_fields(),
+            "viewer": user_fields,
             "serverInfo": {"features": []},
             "entity": self.entity,
             "project": self.project,
@@ -295,7 +301,8 @@ class Schema:
         ) -> list[str]:
             return [json.dumps(row) for row in sampled(rows, [], samples, min_step, max_step)]
 
-        def sampled_history(specs: list[str]) -> list[list[Json]]:
+        def sampled_history(specs: list[str] | str) -> list[list[Json]]:
+            specs = [specs] if isinstance(specs, str) else specs  # GraphQL takes one for a list
             wanted = [{snake_case(k): v for k, v in json.loads(spec).items()} for spec in specs]
             names = ("keys", "samples", "min_step", "max_step")
             return [sampled(rows, **{n: spec[n] for n in names if n in spec}) for spec in wanted]
@@ -415,7 +422,10 @@ class Schema:
             if known and run not in known.runs:
                 known.runs.append(run)
         run.heartbeat = time.time()
-        return {"bucket": self.run(run), "inserted": inserted}
+        bucket = self.run(run)
+        if id is None and not self.replay_appends:
+            bucket["historyLineCount"] = 0  # the client writes its history from there
+        return {"bucket": bucket, "inserted": inserted}
 
     def find_run(self, storage_id: str) -> Run:
         """The run with a GraphQL id."""
@@ -782,7 +792,7 @@ class Schema:
                 [self.run(run) for run in sweep.runs], first, after
             ),
             "agents": connection(list(agents.values())),
-            "agent": lambda agent_name: agents.get(agent_name),
+            "agent": lambda agent_name: agents.get(agent_name),  # noqa: PLW0108
         }
 
     def agent(self, agent: Agent) -> Json:

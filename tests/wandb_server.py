@@ -14,14 +14,14 @@ As a process of its own, which can be killed and started again with its state:
 
     python tests/wandb_server.py --port 0 --state DIR
 
-It prints its address, and ends when its stdin closes. `ServerProcess` does that for a test.
+It prints its address, and ends when its stdin closes. `ServerProcess` does that for a test. The
+classes in a state are pickled by module name, so `tests` has to be on the path of who reads it.
 """
 
 from __future__ import annotations
 
 import argparse
 import base64
-import contextlib
 import dataclasses
 import gzip
 import hashlib
@@ -36,7 +36,7 @@ import time
 import traceback
 import urllib.request
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, Self
@@ -44,26 +44,39 @@ from urllib.parse import unquote
 
 from graphql_reader import GraphQLError, UnknownFieldError, execute, parse
 from wandb_schema import ENTITY, Schema
-from wandb_state import Artifact, Collection, Json, Run, State, Sweep, digest_hex
+from wandb_state import Artifact, Collection, Json, Run, State, Sweep
 
 API_KEY = "fake" * 10
 """The only key that is let in; no real one has this form."""
 POLL_SECONDS = 0.05
+STATE_FILE = "state.pickle"
+
+
+def client_environment(url: str, api_key: str) -> dict[str, str]:
+    """The environment of a client: the server, a key that it takes, quick uploads."""
+    return {
+        "WANDB_BASE_URL": url,
+        "WANDB_API_KEY": api_key,
+        "WANDB_ENTITY": ENTITY,
+        "WANDB__FILE_STREAM_TRANSMIT_INTERVAL": "1",
+        "WANDB_ERROR_REPORTING": "false",
+    }
 
 
 @dataclass
 class Faults:
-    """What goes wrong, until it is cleared; may be changed at any time.
+    """What goes wrong, until it is cleared; may be changed at any time, best with `set`.
 
     Attributes:
         status: answer with this HTTP status (429, 500, 403, …) and do nothing.
         delay_seconds: wait before the answer.
         hang: do not answer before the fault is cleared; then cut the connection.
-        refuse: close each connection at once.
+        refuse: close each connection at once. (`WandbServer.close` is the harder form: nobody
+            listens.)
         cut_uploads: close the connection in the middle of an upload's bytes.
         only: kinds of requests that this is for: graphql, file_stream, upload, download, or the
             name of a GraphQL operation; empty: all. (Not for `refuse`: no request is read yet.)
-        requests: for so many requests, then all is well again; None: no end.
+        requests: for so many more requests; None: no end.
         until: time.monotonic() at which all is well again; None: no end.
     """
 
@@ -80,7 +93,8 @@ class Faults:
         """Replace all faults by these, for a time if `seconds` is given."""
         for name, value in dataclasses.asdict(Faults(**changes)).items():
             setattr(self, name, tuple(value) if name == "only" else value)
-        self.until = None if seconds is None else time.monotonic() + seconds
+        if seconds is not None:
+            self.until = time.monotonic() + seconds
 
     def clear(self) -> None:
         """All is well again."""
@@ -88,16 +102,12 @@ class Faults:
 
     def take(self, kinds: set[str]) -> Faults:
         """The faults that a request of these kinds meets; counts it."""
-        if self.until is not None and time.monotonic() >= self.until:
-            self.clear()
-        any_fault = self.status or self.delay_seconds or self.hang or self.refuse
-        if not (any_fault or self.cut_uploads) or (self.only and not kinds & set(self.only)):
+        expired = self.until is not None and time.monotonic() >= self.until
+        if expired or self.requests == 0 or (self.only and not kinds & set(self.only)):
             return Faults()
         found = dataclasses.replace(self)
-        if self.requests is not None:
+        if self.requests is not None and found != Faults(requests=self.requests):
             self.requests -= 1
-            if self.requests <= 0:
-                self.clear()
         return found
 
 
@@ -111,7 +121,8 @@ class _Listener(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", port), _Handler)
 
     def verify_request(self, request: Any, client_address: Any) -> bool:
-        return not (self.owner.faults.refuse and self.owner.faults.take(set()).refuse)
+        faults = self.owner.faults
+        return not (faults.refuse and dataclasses.replace(faults, only=()).take(set()).refuse)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         if not isinstance(sys.exception(), ConnectionError):  # the client may go at any time
@@ -201,11 +212,12 @@ class WandbServer:
         """How many requests came: by GraphQL operation, or file_stream, upload, download."""
         self.unknown: list[str] = []
         self.errors: list[str] = []
-        self.state_file = state_dir / "state.pickle" if state_dir else None
+        self.state_file = state_dir / STATE_FILE if state_dir else None
         kept = self.state_file is not None and self.state_file.exists()
         self.state: State = pickle.loads(self.state_file.read_bytes()) if kept else State()
         self.port = port
         self._lock = threading.RLock()
+        self.schema = Schema(self.state)
         self._listener: _Listener | None = None
 
     def __enter__(self) -> Self:
@@ -219,9 +231,10 @@ class WandbServer:
 
     def open(self) -> None:
         """Listen (again, on the same port)."""
+        self.save()
         self._listener = _Listener(self.port, self)
         self.port = self._listener.server_address[1]
-        self.schema = Schema(self.state, self.url)
+        self.schema.url = self.url
         poll = {"poll_interval": POLL_SECONDS}
         threading.Thread(target=self._listener.serve_forever, kwargs=poll, daemon=True).start()
 
@@ -238,14 +251,8 @@ class WandbServer:
         return f"http://127.0.0.1:{self.port}"
 
     def env(self) -> dict[str, str]:
-        """The environment of a client: this server, a key that it takes, quick uploads."""
-        return {
-            "WANDB_BASE_URL": self.url,
-            "WANDB_API_KEY": self.api_key,
-            "WANDB_ENTITY": ENTITY,
-            "WANDB__FILE_STREAM_TRANSMIT_INTERVAL": "1",
-            "WANDB_ERROR_REPORTING": "false",
-        }
+        """The environment of a client."""
+        return client_environment(self.url, self.api_key)
 
     # ── what has arrived ─────────────────────────────────────────────────────────────────────
 
@@ -305,6 +312,8 @@ class WandbServer:
             faults = self.faults.take(kinds)
         time.sleep(faults.delay_seconds)
         while faults.hang and self.faults.hang and self._listener is not None:
+            if faults.until is not None and time.monotonic() >= faults.until:
+                break
             time.sleep(POLL_SECONDS)
         return faults
 
@@ -348,7 +357,7 @@ class WandbServer:
                 self.unknown.append(f"{document.name}: {error}")
             return error.status, {"errors": [{"message": str(error), "path": []}], "data": None}
         except Exception:
-            self.errors.append(f"{document.name} {variables}\n{traceback.format_exc()}")
+            self.errors.append(f"{document.name} {variables}\n{traceback.format_exc(limit=-4)}")
             return 400, {"errors": [{"message": "the stand-in failed"}]}  # not 500: no retries
 
     def _file_stream(self, path: list[str], post: Json) -> tuple[int, Json]:
@@ -382,13 +391,15 @@ class WandbServer:
         return (404, {"error": "not found"}) if found is None else (200, found)
 
     def _control(self, wanted: Json) -> tuple[int, Json]:
-        """Switches for another process: `faults`, `stop_run`, `sweep_state`."""
+        """Switches for another process: `faults`, `stop_run`, `sweep_state`, `preempt`."""
         if "faults" in wanted:
             self.faults.set(**wanted["faults"])
         if "stop_run" in wanted:
             self.stop_run(wanted["stop_run"])
         if "sweep_state" in wanted:
             self.set_sweep_state(*wanted["sweep_state"])
+        if "preempt" in wanted:
+            self.preempt(wanted["preempt"])
         return 200, {"requests": self.requests, "unknown": self.unknown, "errors": self.errors}
 
     def save(self) -> None:
@@ -397,3 +408,82 @@ class WandbServer:
             new = self.state_file.with_suffix(".new")
             new.write_bytes(pickle.dumps(self.state))
             new.replace(self.state_file)
+
+
+class ServerProcess:
+    """The server as a process of its own, which can be killed and started again.
+
+    Args:
+        state_dir: a folder where its state is kept.
+    """
+
+    def __init__(self, state_dir: Path) -> None:
+        self.state_dir = state_dir
+        self.port = 0
+        self._process: subprocess.Popen[str] | None = None
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.kill()
+
+    def start(self) -> None:
+        """Start it, on the port that it had before."""
+        self._process = subprocess.Popen(
+            [sys.executable, __file__, "--port", str(self.port), "--state", str(self.state_dir)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        assert self._process.stdout is not None
+        self.port = int(self._process.stdout.readline().rpartition(":")[2])
+
+    def kill(self) -> None:
+        """End it without a word (SIGKILL)."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.communicate()
+            self._process = None
+
+    @property
+    def url(self) -> str:
+        """For WANDB_BASE_URL."""
+        return f"http://127.0.0.1:{self.port}"
+
+    def env(self) -> dict[str, str]:
+        """The environment of a client."""
+        return client_environment(self.url, API_KEY)
+
+    def control(self, **wanted: Any) -> Json:
+        """Change something: `faults={"status": 500}`, `stop_run="id"`, …; returns its counters."""
+        body = json.dumps(wanted).encode()
+        with urllib.request.urlopen(f"{self.url}/_control", body, timeout=10) as answer:
+            found: Json = json.load(answer)
+        return found
+
+    @property
+    def state(self) -> State:
+        """A copy of what it has received so far."""
+        found: State = pickle.loads((self.state_dir / STATE_FILE).read_bytes())
+        return found
+
+
+def main() -> None:
+    """Serve until stdin closes (or for a time)."""
+    parser = argparse.ArgumentParser(description="A local stand-in for the W&B backend, for tests.")
+    parser.add_argument("--port", type=int, default=0)
+    parser.add_argument("--state", type=Path, help="folder to keep the state in")
+    parser.add_argument("--seconds", type=float, help="end after this time, not with stdin")
+    options = parser.parse_args()
+    with WandbServer(options.port, options.state) as server:
+        print(server.url, flush=True)
+        if options.seconds is None:
+            sys.stdin.read()
+        else:
+            time.sleep(options.seconds)
+
+
+if __name__ == "__main__":
+    main()
