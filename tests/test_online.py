@@ -17,7 +17,8 @@ import numpy as np
 import pytest
 from conftest import Finished
 from PIL import Image
-from wandb_server import API_KEY, Faults, RemoteRun, WandbServer
+from wandb_server import API_KEY, WandbServer
+from wandb_state import Run
 
 from mnist_wandb.data import Splits
 from mnist_wandb.loading import load_config
@@ -38,7 +39,7 @@ TIMED = "train/images_per_second"
 CHARTS = "Custom Chart Tables"
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def server() -> Iterator[WandbServer]:
     with WandbServer() as running:
         yield running
@@ -49,7 +50,6 @@ def online(
     server: WandbServer, program: Callable[..., Finished], monkeypatch: pytest.MonkeyPatch
 ) -> Callable[..., Finished]:
     """Run a command that finds the server and a key in its environment."""
-    server.reset()
     for name, value in server.env().items():
         monkeypatch.setenv(name, value)
     return program
@@ -64,7 +64,19 @@ def only_run() -> Path:
     return run
 
 
-def assert_same_history(remote: RemoteRun, run: Path) -> None:
+def only_remote(server: WandbServer) -> Run:
+    (remote,) = server.runs.values()
+    return remote
+
+
+def axes_of(remote: Run) -> dict[str, str]:
+    """Pattern of metrics → metric of their x axis, from the client's own entry in the config."""
+    metrics = remote.raw_config["_wandb"]["value"]["m"]
+    # "2" is the pattern, "5" the number (from 1) of the entry whose name, "1", is the axis.
+    return {m["2"]: metrics[m["5"] - 1]["1"] for m in metrics if "2" in m}
+
+
+def assert_same_history(remote: Run, run: Path) -> None:
     """Row n of the folder is step n of the history: no gap, nothing twice, all values."""
     rows = rows_of(run)
     assert [item["_step"] for item in remote.history] == list(range(len(rows)))
@@ -85,14 +97,14 @@ def test_what_arrives_at_the_server_equals_the_run_folder(
     summary = json.loads(done.out)
     run = only_run()
     remote = server.runs["team", "lab", summary["wandb"]["id"]]
-    assert summary["wandb"]["url"].endswith(f"/team/lab/runs/{remote.run_id}")
+    assert summary["wandb"]["url"].endswith(f"/team/lab/runs/{remote.id}")
     # ── Settings.
     assert remote.config == load_config(str(run / "config.yaml")).model_dump(mode="json")
     assert (remote.display_name, remote.group, remote.job_type) == ("my run", "tests", "teaching")
     assert (sorted(remote.tags), remote.notes) == (["first", "lab"], "hello")
     # ── Metrics: history on its axes, summary.
     assert_same_history(remote, run)
-    assert remote.axes == {
+    assert axes_of(remote) == {
         "train/*": "step",
         "val/*": "epoch",
         "best/*": "epoch",
@@ -122,7 +134,7 @@ def test_what_arrives_at_the_server_equals_the_run_folder(
     # ── The end.
     assert (remote.state, remote.exit_code) == ("finished", 0)
     assert [alert["title"] for alert in remote.alerts] == ["my run finished"]
-    assert "epoch 3/3" in "\n".join(remote.console)
+    assert "epoch 3/3" in "\n".join(remote.output)
 
 
 def test_the_models_and_the_data_they_come_from_are_artifacts(
@@ -131,21 +143,20 @@ def test_the_models_and_the_data_they_come_from_are_artifacts(
     summary = json.loads(online("run", "--json", *TRACKED).out)
     run = only_run()
     environment = json.loads((run / "environment.json").read_text())
-    model = server.artifacts["team", "lab", f"model-my-run-{summary['wandb']['id']}"]
-    assert model.type == "model"
-    (best,) = model.versions
-    assert sorted(best.aliases) == ["best", "latest", "v0"]
+    name = f"model-my-run-{summary['wandb']['id']}"
+    best = server.artifact(f"{name}:best")
+    assert server.artifacts["team", "lab", name].versions == [best]
+    assert (best.type, best.aliases, best.version) == ("model", ["best", "latest"], 0)
     assert best.files["model.pt"] == (run / "checkpoints" / "best.pt").read_bytes()
     assert best.metadata["config"]["name"] == "my run"
     assert best.metadata["scores"]["test/accuracy"] == summary["metrics"]["test/accuracy"]
     assert best.metadata["data_fingerprint"] == environment["data_fingerprint"]
-    data = server.artifacts["team", "lab", "data-digits"]
-    (version,) = data.versions
+    data = server.artifact("data-digits")
     assert data.type == "dataset"
-    assert version.metadata["data_fingerprint"] == environment["data_fingerprint"]
-    assert version.metadata["class_names"] == list("0123456789")
-    assert list(version.files) == ["dataset.json"]
-    assert version.used_by == [summary["wandb"]["id"]]
+    assert data.metadata["data_fingerprint"] == environment["data_fingerprint"]
+    assert data.metadata["class_names"] == list("0123456789")
+    assert list(data.files) == ["dataset.json"]
+    assert data.used_by == [best.logged_by] == [summary["wandb"]["id"]]
 
 
 def test_images_and_code_are_uploaded_on_request_only(
@@ -153,8 +164,7 @@ def test_images_and_code_are_uploaded_on_request_only(
 ) -> None:
     done = online("run", "--json", *SHORT, "tracking.log_dataset=true", "tracking.save_code=true")
     assert done.code == 0, done.err
-    (version,) = server.artifact("data-digits").versions
-    Path("images.npz").write_bytes(version.files["images.npz"])
+    Path("images.npz").write_bytes(server.artifact("data-digits").files["images.npz"])
     with np.load("images.npz") as arrays:
         np.testing.assert_array_equal(arrays["test_images"], digits.test.images[:, 0].numpy())
     assert any(artifact.type == "code" for artifact in server.artifacts.values())
@@ -171,13 +181,11 @@ def test_evaluate_and_predict_take_an_artifact_and_record_its_use(
     Image.radial_gradient("L").save("blob.png")
     done = online("predict", name, "blob.png", "--json")
     assert done.code == 0, done.err
-    users = {
-        run.job_type: run for run in server.runs.values() if run.run_id != summary["wandb"]["id"]
-    }
+    users = {run.job_type: run for run in server.runs.values() if run.id != summary["wandb"]["id"]}
     assert set(users) == {"evaluate", "predict"}
     assert users["evaluate"].summary["test/accuracy"] == summary["metrics"]["test/accuracy"]
-    best = server.artifact(f"model-my-run-{summary['wandb']['id']}").versions[-1]
-    assert sorted(best.used_by) == sorted(run.run_id for run in users.values())
+    best = server.artifact(f"model-my-run-{summary['wandb']['id']}:best")
+    assert sorted(best.used_by) == sorted(run.id for run in users.values())
     missing = online("evaluate", f"{name}r")
     assert missing.code == 2
     assert missing.err.splitlines()[-1].startswith("error: W&B (http://127.0.0.1:")
@@ -245,15 +253,15 @@ def test_a_requeued_sweep_run_goes_on_in_its_folder(
     monkeypatch.setenv("WANDB_RUN_ID", "q7x2k9ab")
     monkeypatch.setenv("WANDB_SWEEP_ID", "swp1")
     run = stop_midway(signal.SIGTERM, *LONG)
-    assert (server.only_run().state, server.only_run().exit_code) == ("preempted", 143)
+    assert (only_remote(server).state, only_remote(server).exit_code) == ("preempted", 143)
     other = online("run", *LONG, "seed=1")
     assert other.code == 2
     assert "WANDB_RUN_ID: q7x2k9ab is the run runs/" in other.err
     done = online("run", "--json", *LONG, "--_wandb={}")
     assert done.code == 0, done.err
     assert only_run() == run
-    remote = server.only_run()
-    assert (remote.run_id, remote.sweep, remote.state) == ("q7x2k9ab", "swp1", "finished")
+    remote = only_remote(server)
+    assert (remote.id, remote.sweep, remote.state) == ("q7x2k9ab", "swp1", "finished")
     assert_same_history(remote, run)
 
 
@@ -271,7 +279,7 @@ def test_the_stop_button_ends_a_run_with_a_checkpoint(
     summary = json.loads((only_run() / "summary.json").read_text())
     assert summary["status"] == "interrupted"
     assert (only_run() / "checkpoints" / "last.pt").exists()
-    assert server.only_run().exit_code != 0
+    assert only_remote(server).exit_code != 0
 
 
 def test_a_failed_run_tells_why_in_its_own_console_log(
@@ -282,9 +290,9 @@ def test_a_failed_run_tells_why_in_its_own_console_log(
         "schedule.name=constant", "tracking.log_every_steps=1",
     )  # fmt: skip
     assert done.code == 1
-    remote = server.only_run()
+    remote = only_remote(server)
     assert (remote.state, remote.exit_code) == ("failed", 1)
-    assert "error: training diverged at step" in "\n".join(remote.console)
+    assert "error: training diverged at step" in "\n".join(remote.output)
     assert done.err.count("training diverged at step") == 1
     assert [alert["title"] for alert in remote.alerts] == ["digits-mlp_64x3 diverged"]
 
@@ -311,18 +319,19 @@ def test_a_wrong_key_is_refused_before_training_where_online_was_asked_for(
     assert server.runs == {}
 
 
-def undisturbed(online: Callable[..., Finished], server: WandbServer) -> RemoteRun:
+def undisturbed(online: Callable[..., Finished], server: WandbServer) -> Run:
     """The same run with nothing in its way; afterwards the server is empty again."""
     done = online("run", "--json", *TRACKED)
     assert done.code == 0, done.err
-    remote = server.only_run()
+    remote = only_remote(server)
     for run in Path("runs").iterdir():
         shutil.rmtree(run)
-    server.reset()
-    return remote
+    for kept in (server.runs, server.artifacts):
+        kept.clear()
+    return copy.deepcopy(remote)
 
 
-def comparable(remote: RemoteRun) -> dict[str, Any]:
+def comparable(remote: Run) -> dict[str, Any]:
     """What has to be the same, whatever happened: all but times, ids and system facts."""
 
     def plain(item: dict[str, Any]) -> dict[str, Any]:
@@ -339,7 +348,7 @@ def comparable(remote: RemoteRun) -> dict[str, Any]:
         "config": remote.config,
         "history": [plain(item) for item in remote.history],
         "summary": plain(remote.summary),
-        "axes": remote.axes,
+        "axes": axes_of(remote),
         "end": (remote.state, remote.exit_code, remote.display_name, remote.group, remote.notes),
         "tags": sorted(remote.tags),
         "pictures": sorted(n.rpartition("_")[0] for n in remote.files if n.endswith(".png")),
@@ -357,9 +366,9 @@ def test_a_server_that_dies_in_training_costs_nothing_and_sync_completes_it(
         text=True,
     )
     wait_until(lambda: len(rows_so_far()) >= 3)
-    server.stop()
+    server.close()
     _, err = process.communicate(timeout=60)
-    server.start()
+    server.open()
     assert process.returncode == 0
     (line,) = [line for line in err.splitlines() if "not everything has arrived" in line]
     assert f"mnist-wandb sync {only_run()}" in line
@@ -367,7 +376,7 @@ def test_a_server_that_dies_in_training_costs_nothing_and_sync_completes_it(
     done = online("sync", "latest")
     assert done.code == 0, done.err
     assert done.out.rstrip().endswith("uploaded")
-    assert comparable(server.only_run()) == {**expected, "config": {**expected["config"],
+    assert comparable(only_remote(server)) == {**expected, "config": {**expected["config"],
         "tracking": {**expected["config"]["tracking"], "upload_timeout_seconds": 2}
     }}  # fmt: skip
     assert_sync_changes_nothing(online, server)
@@ -375,23 +384,23 @@ def test_a_server_that_dies_in_training_costs_nothing_and_sync_completes_it(
 
 def assert_sync_changes_nothing(online: Callable[..., Finished], server: WandbServer) -> None:
     before = copy.deepcopy({key: vars(run) for key, run in server.runs.items()})
-    versions = {name: len(a.pending) for name, a in server.artifacts.items()}
+    versions = set(server.state.versions)
     done = online("sync", "latest")
     assert done.code == 0, done.err
     assert done.out.rstrip().endswith("already there")
     assert {key: vars(run) for key, run in server.runs.items()} == before
-    assert {name: len(a.pending) for name, a in server.artifacts.items()} == versions
+    assert set(server.state.versions) == versions
 
 
 @pytest.mark.parametrize(
     "fault",
     [
-        {"status": 500, "remaining": 6},
-        {"status": 429, "remaining": 6},
-        {"status": 403, "only": "file_stream"},
+        {"status": 500, "requests": 6},
+        {"status": 429, "requests": 6},
+        {"status": 403, "only": ["file_stream"]},
         {"status": 500},
         {"hang": True},
-        {"cut_uploads": True},
+        {"cut_uploads": True, "only": ["upload"]},
     ],
     ids=["500-for-a-while", "429-for-a-while", "403-on-the-stream", "500", "hanging", "cut"],
 )
@@ -405,16 +414,15 @@ def test_faults_of_the_server_lose_nothing(
         text=True,
     )
     wait_until(lambda: len(rows_so_far()) >= 1)
-    for name, value in fault.items():
-        setattr(server.faults, name, value)
+    server.faults.set(**fault)
     _, err = process.communicate(timeout=90)
-    server.faults = Faults()
+    server.faults.clear()
     assert process.returncode == 0, err
     assert len(rows_of(only_run())) == len([r for r in rows_of(only_run()) if "step" in r]) > 8
     done = online("sync", "latest")
     assert done.code == 0, done.err
-    assert_same_history(server.only_run(), only_run())
-    assert server.only_run().state == "finished"
+    assert_same_history(only_remote(server), only_run())
+    assert only_remote(server).state == "finished"
     assert_sync_changes_nothing(online, server)
 
 
@@ -445,7 +453,7 @@ def test_sync_uploads_a_run_however_it_was_recorded(
     assert done.code == 0, done.err
     rebuilt = record not in ("offline", "killed")
     assert done.out.rstrip().endswith("rebuilt from the run folder and uploaded") == rebuilt
-    found = comparable(server.only_run())
+    found = comparable(only_remote(server))
     expected["config"]["tracking"]["mode"] = mode
     if rebuilt:  # the confusion matrix of the best epoch only; probabilities are float16
         for side in (found, expected):
@@ -455,7 +463,7 @@ def test_sync_uploads_a_run_however_it_was_recorded(
                 for key in ("test/predictions", "test/mistakes"):
                     item.get(key, {}).pop("sha256", None)
     assert found == expected
-    assert_same_history(server.only_run(), run)
+    assert_same_history(only_remote(server), run)
     assert_sync_changes_nothing(online, server)
 
 
@@ -499,6 +507,6 @@ def test_the_key_is_nowhere_in_what_is_written_or_shown(
     sent += [
         data for a in server.artifacts.values() for v in a.pending for data in v.files.values()
     ]
-    sent += [line.encode() for run in server.runs.values() for line in run.console]
+    sent += [line.encode() for run in server.runs.values() for line in run.output]
     assert len(sent) > 20
     assert not any(key in data for data in sent)
