@@ -16,11 +16,11 @@ import pytest
 import yaml
 from graphql_reader import GraphQLError, execute, parse
 from wandb_server import API_KEY, ServerProcess, WandbServer
-from wandb_state import Sweep, check_sweep, draw, grid
+from wandb_state import Run, Sweep, check_sweep, draw, grid
 
 PYTHON = [sys.executable, "-c"]
 WANDB = [sys.executable, "-m", "wandb"]
-PATIENCE_SECONDS = 60
+PATIENCE_SECONDS = 90
 
 TRAIN = """
 import wandb
@@ -97,6 +97,20 @@ def wait_for(what: Callable[[], object]) -> None:
     while not what():
         assert time.monotonic() < end, "waited in vain"
         time.sleep(0.05)
+
+
+def ask(server: WandbServer, path: str = "graphql", data: bytes | None = None) -> int:
+    """The HTTP status of a request: a question, or an upload where data is given."""
+    body = json.dumps({"query": "query Viewer { viewer { id } }"}).encode()
+    request = urllib.request.Request(f"{server.url}/{path}", data or body)
+    request.method = "PUT" if data else "POST"
+    request.add_header("Authorization", "Bearer " + API_KEY)
+    try:
+        with urllib.request.urlopen(request, timeout=10) as answer:
+            return answer.status
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code
 
 
 @pytest.fixture
@@ -242,6 +256,27 @@ def test_a_wrong_key_and_an_unknown_entity_are_reported_by_the_client(
     assert server.runs == {}
 
 
+def test_the_stop_button_reaches_the_run(server: WandbServer, client: Client) -> None:
+    hurry = """
+from wandb.sdk.lib.run_stopping import RunStopChecker
+RunStopChecker.__init__.__kwdefaults__["poll_interval"] = 0.5  # 15 seconds else
+"""
+    logs_on = "import time\nwhile True: time.sleep(0.1); run.log({'x': 1})"
+    process = client.start(*PYTHON, hurry + TRAIN + logs_on)
+    wait_for(lambda: any(run.history for run in server.runs.values()))
+    server.stop_run("first", agent=False)
+    out, _ = process.communicate(timeout=PATIENCE_SECONDS)
+    assert "KeyboardInterrupt" in out
+    assert (server.run("first").state, server.run("first").exit_code) == ("failed", 255)
+
+
+def test_a_silent_run_has_crashed(server: WandbServer) -> None:
+    run = Run("tester", "digits", "silent", heartbeat=0.0)
+    server.runs[run.key] = run
+    assert ask(server) == 200
+    assert run.state == "crashed"
+
+
 # ── sweeps ───────────────────────────────────────────────────────────────────────────────────
 
 TRIAL = """
@@ -255,6 +290,7 @@ if run.config.lr == 0.2 and not run.resumed:
 while run.config.lr == 0.3:
     time.sleep(0.1)
 """
+"""A trial that ends at once; with lr 0.2 only when it comes back, with lr 0.3 never."""
 SWEEP = """
 program: trial.py
 method: grid
@@ -262,63 +298,70 @@ project: digits
 name: a sweep
 metric: {name: loss, goal: minimize}
 parameters:
-  lr: {values: [0.1, 0.2, 0.3]}
+  lr: {values: [0.1, 0.4]}
   model: {parameters: {width: {value: 8}}}
 """
 
 
-def test_an_agent_runs_a_grid_with_a_preempted_and_a_stopped_run(
-    server: WandbServer, client: Client
-) -> None:
+def start_sweep(server: WandbServer, client: Client, text: str) -> Sweep:
+    """What `wandb sweep` has made of a file."""
     (client.folder / "trial.py").write_text(TRIAL)
-    (client.folder / "sweep.yaml").write_text(SWEEP)
+    (client.folder / "sweep.yaml").write_text(text)
     assert "wandb agent tester/digits/" in client(*WANDB, "sweep", "sweep.yaml")
     (sweep,) = server.sweeps.values()
-    assert (sweep.state, sweep.planned) == ("PENDING", 3)
-    agent = client.start(*WANDB, "agent", f"tester/digits/{sweep.id}")
-    wait_for(lambda: len(sweep.runs) == 3 and sweep.runs[2].history)
-    server.stop_run(sweep.runs[2].id, client=False)
-    out, _ = agent.communicate(timeout=PATIENCE_SECONDS)
-    assert agent.returncode == 0, out
+    assert sweep.state == "PENDING"
+    return sweep
+
+
+def test_an_agent_runs_a_grid_to_its_end(server: WandbServer, client: Client) -> None:
+    sweep = start_sweep(server, client, SWEEP)
+    client(*WANDB, "agent", f"tester/digits/{sweep.id}")
     assert sweep.state == "FINISHED"
     assert [run.config for run in sweep.runs] == [
-        {"lr": lr, "model": {"width": 8}} for lr in (0.1, 0.2, 0.3)
+        {"lr": lr, "model": {"width": 8}} for lr in (0.1, 0.4)
     ]
-    # The preempted run came back under its id; what SIGTERM ended sent no more.
-    assert [run.state for run in sweep.runs] == ["finished", "finished", "running"]
-    assert [run.values("loss") for run in sweep.runs] == [[0.1], [0.2, 0.2], [0.3]]
-    assert [run.sweep for run in sweep.runs] == [sweep.id] * 3
-    ids = [run.id for run in sweep.runs]
-    assert [run.id for run in sweep.agents[0].runs] == [ids[0], ids[1], ids[1], ids[2]]
-    assert "--_wandb=" in out
-
-
-def test_sweeps_are_read_stopped_and_cancelled(server: WandbServer, client: Client) -> None:
-    (client.folder / "sweep.yaml").write_text(SWEEP)
-    client(*WANDB, "sweep", "sweep.yaml")
-    (sweep,) = server.sweeps.values()
-    path = f"tester/digits/{sweep.id}"
-    client(*WANDB, "sweep", "--pause", path)
-    assert sweep.state == "PAUSED"
+    assert [(run.state, run.sweep) for run in sweep.runs] == [("finished", sweep.id)] * 2
+    assert [run.values("loss") for run in sweep.runs] == [[0.1], [0.4]]
     script = f"""
 import wandb
-sweep = wandb.Api().sweep("{path}")
-print("RESULT", sweep.name, sweep.state, sweep.config["method"], sweep.expected_run_count)
+sweep = wandb.Api().sweep("tester/digits/{sweep.id}")
+print(sweep.name, sweep.state, sweep.config["method"], sweep.expected_run_count)
+print([run.id for run in sweep.runs], sweep.best_run().id, len(sweep.agents()))
 print([s.id for s in wandb.Api().project("digits", "tester").sweeps()])
 """
     out = client(*PYTHON, script)
-    assert "RESULT a sweep PAUSED grid 3" in out
-    assert f"['{sweep.id}']" in out
-    client(*WANDB, "sweep", "--cancel", path)
-    assert sweep.state == "CANCELED"
-    out = client(*WANDB, "agent", path)
-    assert "Received exit command" in out
+    ids = [run.id for run in sweep.runs]
+    assert "a sweep FINISHED grid 2" in out
+    assert f"{ids} {ids[0]} 1\n['{sweep.id}']" in out
 
 
-def test_a_bad_sweep_is_refused(server: WandbServer, client: Client) -> None:
+@pytest.mark.slow
+def test_a_preempted_run_comes_back_and_a_stopped_one_ends(
+    server: WandbServer, client: Client
+) -> None:
+    sweep = start_sweep(server, client, SWEEP.replace("[0.1, 0.4]", "[0.2, 0.3]"))
+    agent = client.start(*WANDB, "agent", f"tester/digits/{sweep.id}")
+    wait_for(lambda: len(sweep.runs) == 2 and sweep.runs[1].history)
+    server.stop_run(sweep.runs[1].id, client=False)
+    out, _ = agent.communicate(timeout=PATIENCE_SECONDS)
+    assert agent.returncode == 0, out
+    first, second = sweep.runs
+    assert (first.state, first.values("loss")) == ("finished", [0.2, 0.2])
+    assert "--_wandb=" in out
+    assert second.state == "running"  # SIGTERM has ended it without a word
+    assert sweep.agents[0].runs == [first, first, second]
+
+
+def test_sweeps_are_refused_and_cancelled(server: WandbServer, client: Client) -> None:
     (client.folder / "sweep.yaml").write_text(SWEEP.replace("grid", "guess"))
     said = client(*WANDB, "sweep", "sweep.yaml", code=1)
     assert "Invalid sweep config: method 'guess'" in said
+    sweep = start_sweep(server, client, SWEEP)
+    path = f"tester/digits/{sweep.id}"
+    client(*WANDB, "sweep", "--cancel", path)
+    assert sweep.state == "CANCELED"
+    assert "Received exit command" in client(*WANDB, "agent", path)
+    assert sweep.runs == []
 
 
 def test_a_grid_has_every_combination_of_nested_parameters_once() -> None:
@@ -361,20 +404,6 @@ f: {mu: 0, sigma: 1, distribution: normal}
 # ── faults ───────────────────────────────────────────────────────────────────────────────────
 
 
-def ask(server: WandbServer, path: str = "graphql", data: bytes | None = None) -> int:
-    """The HTTP status of a request: a question, or an upload where data is given."""
-    body = json.dumps({"query": "query Viewer { viewer { id } }"}).encode()
-    request = urllib.request.Request(f"{server.url}/{path}", data or body)
-    request.method = "PUT" if data else "POST"
-    request.add_header("Authorization", "Bearer " + API_KEY)
-    try:
-        with urllib.request.urlopen(request, timeout=10) as answer:
-            return answer.status
-    except urllib.error.HTTPError as error:
-        with error:
-            return error.code
-
-
 def test_faults_answer_with_a_status_for_some_kinds_of_requests(server: WandbServer) -> None:
     server.faults.status = 500
     assert [ask(server), ask(server, "storage/manifest/a", b"x")] == [500, 500]
@@ -386,7 +415,7 @@ def test_faults_answer_with_a_status_for_some_kinds_of_requests(server: WandbSer
     assert ask(server) == 500
     time.sleep(0.2)
     assert ask(server) == 200
-    assert server.requests["Viewer"] == 8
+    assert server.requests["Viewer"] == 7
 
 
 def test_faults_delay_and_hang_and_refuse(server: WandbServer) -> None:
@@ -399,10 +428,9 @@ def test_faults_delay_and_hang_and_refuse(server: WandbServer) -> None:
     with pytest.raises(ConnectionError):
         ask(server)
     assert time.monotonic() - start >= 0.3
-    server.faults.set(refuse=True)
+    server.faults.set(refuse=True, requests=1)
     with pytest.raises((ConnectionError, urllib.error.URLError)):
         ask(server)
-    server.faults.clear()
     assert ask(server) == 200
     server.close()
     with pytest.raises(urllib.error.URLError, match="Connection refused"):

@@ -11,7 +11,7 @@ from typing import Any
 from urllib.parse import quote
 
 import yaml
-from graphql_reader import GraphQLError, snake_case
+from graphql_reader import GraphQLError
 from wandb_state import (
     DONE,
     EVENTS,
@@ -302,10 +302,13 @@ class Schema:
             return [json.dumps(row) for row in sampled(rows, [], samples, min_step, max_step)]
 
         def sampled_history(specs: list[str] | str) -> list[list[Json]]:
-            specs = [specs] if isinstance(specs, str) else specs  # GraphQL takes one for a list
-            wanted = [{snake_case(k): v for k, v in json.loads(spec).items()} for spec in specs]
-            names = ("keys", "samples", "min_step", "max_step")
-            return [sampled(rows, **{n: spec[n] for n in names if n in spec}) for spec in wanted]
+            found = []
+            for text in [specs] if isinstance(specs, str) else specs:  # GraphQL takes one as a list
+                spec = json.loads(text)
+                stop = spec["maxStep"] + 1 if "maxStep" in spec else None  # the last one is meant
+                limits = (spec.get("samples", 500), spec.get("minStep", 0), stop)
+                found.append(sampled(rows, spec.get("keys", []), *limits))
+            return found
 
         return {
             "__typename": "Run",
