@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import wandb
+from wandb.apis.public.runs import RunNotFoundError
 
 from mnist_wandb.config import RunConfig
 from mnist_wandb.errors import ConfigError, MnistWandbError, TrackingError
@@ -75,18 +76,15 @@ def read_remote(path: str, settings: Settings, *, with_model: bool = False) -> R
     with _talking(settings) as api:
         try:
             run = api.run(path)
-        except ValueError:  # the client's word for: not found
-            return None
+            num_rows = run.lastHistoryStep + 1  # step n is row n
+        except wandb.errors.CommError as error:
+            if isinstance(error.__context__, RunNotFoundError):
+                return None
+            raise
         has_model = None
         if with_model:  # slow: the client imports its artifacts for that
             has_model = any(artifact.type == "model" for artifact in run.logged_artifacts())
-        return RemoteRun(
-            url=run.url,
-            state=run.state,
-            num_rows=run.lastHistoryStep + 1,  # step n is row n
-            summary=dict(run.summary_metrics),
-            has_model=has_model,
-        )
+        return RemoteRun(run.url, run.state, num_rows, dict(run.summary_metrics), has_model)
 
 
 def check_upload(path: str, num_rows: int, settings: Settings) -> None:

@@ -1,4 +1,4 @@
-"""Upload run folders to W&B: what its client has recorded, or a record rebuilt from the folder."""
+"""Upload run folders to W&B: the client's own record where that is whole, else from the folder."""
 
 from __future__ import annotations
 
@@ -26,6 +26,8 @@ from mnist_wandb.tracking import WandbSink
 
 log = logging.getLogger(__name__)
 
+UPLOAD_SECONDS = 600.0
+"""Longest wait for the server; nobody's training waits here."""
 TIMED = ("train/images_per_second",)
 """Values that differ each time a row is made."""
 
@@ -53,11 +55,12 @@ def sync_run(folder: RunFolder, settings: Settings) -> str:
         if remote is not None and _is_complete(remote, config, rows, summary):
             return f"{remote.url}: already there"
         record = _find_record(folder, config, rows, summary)
-        how = "uploaded"
-        if record is None:
-            record = rebuild_record(folder, config, settings)
-            how = "rebuilt from the run folder and uploaded"
-        messages = upload_record(record, path)
+        messages, how = "", "uploaded"
+        if record is not None and (remote is None or remote.num_rows == 0):
+            messages = upload_record(record, path)
+        else:  # the client would send again what is there
+            replay_run(folder, config, settings)
+            how = "uploaded from the run folder"
         for _ in range(CHECKS):
             remote = read_remote(path, settings, with_model=True)
             if remote is not None and _is_complete(remote, config, rows, summary):
@@ -96,7 +99,7 @@ def _find_record(
     folder: RunFolder, config: RunConfig, rows: list[Row], summary: dict[str, Any] | None
 ) -> Path | None:
     """The newest record of the W&B client that holds the whole run, if one does."""
-    needs_model = folder.predictions_path.exists() and config.tracking.log_model is not None
+    scored, logs_model = folder.predictions_path.exists(), config.tracking.log_model is not None
     for record in sorted((folder.path / "wandb").glob("*run-*"), reverse=True):
         found = _read_record(record)
         history = [entry["history"]["item"] for entry in found if entry["type"] == "history"]
@@ -109,7 +112,8 @@ def _find_record(
             entry["type"] == "artifact" and "best" in entry["artifact"].get("aliases", [])
             for entry in found
         )
-        if whole and ended and (has_model or not needs_model):
+        has_charts = any(key.startswith("test/per_class") for item in history for key in item)
+        if whole and ended and (not scored or (has_charts and (has_model or not logs_model))):
             return record
     return None
 
@@ -131,38 +135,51 @@ def _read_record(record: Path) -> list[dict[str, Any]]:
     return found if done.returncode == 0 else []
 
 
-# ── a record made from the folder ────────────────────────────────────────────────────────────
+# ── from the folder ──────────────────────────────────────────────────────────────────────────
 
 
-def rebuild_record(folder: RunFolder, config: RunConfig, settings: Settings) -> Path:
-    """Write a new offline record of a run from its folder, as an undisturbed run has it.
+def replay_run(folder: RunFolder, config: RunConfig, settings: Settings) -> None:
+    """Send to the server what it lacks of a run, from the run folder.
 
     Console output and system metrics are not in the folder. Pictures are taken from the data
     set, where it is at hand and unchanged.
 
-    Returns:
-        The folder that `wandb sync` takes.
+    Raises:
+        TrackingError: the server cannot be reached, or does not take everything.
     """
     environment, summary = folder.read_environment(), folder.read_summary()
     splits = _load_splits(config, settings, environment)
     best = _score_best(folder, config, splits)
-    sink = WandbSink.start(
-        config, settings, folder, "offline", sweep_id=environment.get("sweep_id")
+    tracking = config.tracking.model_copy(
+        update={
+            "entity": environment.get("wandb_entity") or config.tracking.entity,
+            "project": environment.get("wandb_project") or config.tracking.project,
+            "upload_timeout_seconds": max(UPLOAD_SECONDS, config.tracking.upload_timeout_seconds),
+        }
     )
-    record = Path(sink.record_dir).absolute()
+    sink = WandbSink.start(
+        config,
+        settings,
+        folder,
+        "online",
+        tracking=tracking,
+        sweep_id=environment.get("sweep_id"),
+    )
     facts = {k: environment[k] for k in DATA_FACTS if k in environment}
     sink.use_dataset(config.data.dataset, facts, {})
     final: dict[str, float] = {}
+    row: Row = {}
     for row in folder.read_metrics():
         sink.log(row)
         final.update({k: v for k, v in row.items() if k not in ("step", "epoch")})
         if best is not None and "val/loss" in row and row["epoch"] == row["best/epoch"]:
             sink.log_confusion("val", _axes(row), best.confusion, best.class_names)
     if folder.predictions_path.exists():
+        sink.open_row()
         test = _read_predictions(folder, config, final)
         images = splits.test.images[:, 0].cpu().numpy() if splits else np.zeros((0, 28, 28), "u1")
         count = config.tracking.sample_predictions if splits else 0
-        sink.log_evaluation("test", _axes(folder.read_metrics()[-1]), test, images, count)
+        sink.log_evaluation("test", _axes(row), test, images, count)
         if config.tracking.log_model is not None:
             parameters = int((summary or {}).get("num_parameters", 0))
             metadata = model_metadata(config, final, facts, parameters)
@@ -170,7 +187,6 @@ def rebuild_record(folder: RunFolder, config: RunConfig, settings: Settings) -> 
     status = str(summary["status"]) if summary else "failed"
     totals = {key: summary[key] for key in SUMMARY_TOTALS} if summary else {}
     sink.finish(EXIT_CODES[status], totals)
-    return record
 
 
 def _axes(row: Row) -> Row:

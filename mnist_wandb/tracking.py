@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import queue
+import re
 import socket
 import threading
 import urllib.request
@@ -18,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 import wandb
 
-from mnist_wandb.config import RunConfig
+from mnist_wandb.config import RunConfig, TrackingConfig
 from mnist_wandb.errors import TrackingError
 from mnist_wandb.metrics import (
     EvalResult,
@@ -116,26 +117,36 @@ class WandbSink:
         folder: RunFolder,
         mode: WandbMode,
         *,
+        tracking: TrackingConfig | None = None,
         sweep_id: str | None = None,
     ) -> WandbSink:
         """Start (or continue) the W&B run of a run folder; never asks for anything.
 
+        Args:
+            config: the run's own configuration, which is recorded.
+            settings: the surroundings.
+            folder: of the run.
+            mode: online or offline.
+            tracking: what is in force instead of `config.tracking`.
+            sweep_id: instead of the surroundings' one.
+
         Raises:
             TrackingError: the server cannot be reached or refuses the key.
         """
-        tracking = config.tracking
+        tracking = tracking or config.tracking
         keep_wandb_files_in(folder.path / "wandb")
         silence_client()
+        # Offline, each session's record holds the whole run, so that one upload is enough.
+        may_be_there = settings.wandb_run_id is not None or folder.metrics_path.exists()
         try:
             if mode == "online":
                 probe_server(settings.wandb_base_url)
             run = wandb.init(
-                project=project_name(config, settings),
+                project=tracking.project or project_name(config, settings),
                 entity=tracking.entity or settings.wandb_entity,
                 dir=str(folder.path.absolute()),  # the client's service has another working folder
                 id=folder.run_id,
-                # Offline, each session's record holds the whole run, so that one upload is enough.
-                resume="allow" if mode == "online" else None,
+                resume="allow" if mode == "online" and may_be_there else None,
                 name=config.name or f"{config.run_name}-seed{config.seed}",
                 group=tracking.group,
                 job_type=tracking.job_type,
@@ -151,10 +162,13 @@ class WandbSink:
                 ),
             )
         except (wandb.Error, OSError) as error:
+            reason = " ".join(str(error).split())[:300]
+            if re.search(r"error 40[13]|HTTP 40[13]|not logged in|API key", reason):
+                reason = f"{settings.wandb_base_url} refuses the API key; log in again ({reason})"
             wandb.teardown()  # else the client holds the id for a run that never began
             _give_up()
             raise TrackingError(
-                f"W&B could not start ({mode}): {' '.join(str(error).split())[:300]};"
+                f"W&B could not start ({mode}): {reason};"
                 " set tracking.mode=offline to record here and upload later"
             ) from None
         for pattern, axis in AXES.items():
@@ -186,7 +200,12 @@ class WandbSink:
     def _log(self, values: Mapping[str, Any]) -> None:
         """Add values to the latest row; the axes of charts are values too (`step`, `epoch`)."""
         if self.position >= self.run.starting_step:
-            self.run.log(dict(values), step=self.position)
+            row, step = dict(values), self.position
+            self.background.put(lambda: self.run.log(row, step=step))
+
+    def open_row(self) -> None:
+        """Let charts go into a row of their own where the server has the latest row already."""
+        self.position = max(self.position, self.run.starting_step)
 
     def log_confusion(
         self, split: str, row: Row, confusion: Ints, class_names: Sequence[str]
@@ -278,7 +297,8 @@ class WandbSink:
 
     def alert(self, title: str, text: str, warn: bool = False) -> None:
         """Send an alert (W&B mails it or posts it, as the user's settings there say)."""
-        self.run.alert(title=title[:64], text=text, level="WARN" if warn else "INFO")
+        level = "WARN" if warn else "INFO"
+        self.background.put(lambda: self.run.alert(title=title[:64], text=text, level=level))
 
     def finish(
         self, exit_code: int, summary: Mapping[str, Any], *, preempting: bool = False
@@ -293,19 +313,24 @@ class WandbSink:
         Raises:
             TrackingError: the server has not taken everything within the time that is allowed.
         """
-        self.run.summary.update(dict(summary))
-        if preempting:
-            self.run.mark_preempting()
-        self.background.put(lambda: self.run.finish(exit_code=exit_code))
+
+        def end() -> None:
+            self.run.summary.update(dict(summary))
+            if preempting:
+                self.run.mark_preempting()
+            self.run.finish(exit_code=exit_code)
+
+        self.background.put(end)
         self.background.end(self.upload_timeout)
 
 
 class Background:
-    """Does calls that ask the server in a thread of its own, one after the other.
+    """Does the client's calls in a thread of its own, one after the other.
 
-    The client answers most calls at once and sends later, but asks the server about artifacts
-    and at the end. Training must not wait for that, and a server that keeps silent must not hold
-    the program: the client's own limits do not hold against every fault (seen with endless 500).
+    The client takes plain rows at once and sends them later, but for each table and artifact it
+    asks the server first, 19 s long where nothing answers. Training must not wait for that, and
+    the program must not at its end: the client's own limit does not hold against every fault (seen
+    with endless 500).
     """
 
     def __init__(self) -> None:
