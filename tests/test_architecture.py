@@ -20,14 +20,17 @@ ROWS = [
     ("layers",),
     ("config",),
     ("loading",),
-    ("settings", "metrics", "options"),
+    ("settings", "metrics", "options", "significance"),
     ("runs",),
+    ("records",),
+    ("compare",),
     ("device", "augment", "pictures", "models", "data", "optim", "tracking"),
     ("checkpoint",),
     ("evaluate",),
     ("train",),
     ("experiment",),
     ("display",),
+    ("commands_compare",),
     ("cli",),
 ]
 """A module imports from earlier rows only, never sideways."""
@@ -42,10 +45,18 @@ LIGHT = (
     "metrics",
     "runs",
     "options",
+    "significance",
+    "records",
+    "compare",
+    "commands_compare",
     "cli",
 )
 """Imported without torch and wandb, so that help and configuration errors come at once."""
-HOMES = {"wandb": {"tracking"}, "typer": {"cli", "options"}, "rich": {"cli", "display"}}
+HOMES = {
+    "wandb": {"tracking"},
+    "typer": {"cli", "commands_compare", "options"},
+    "rich": {"cli", "display"},
+}
 """Packages that stay in one room."""
 UNUSED = {"matplotlib", "sklearn", "pandas", "scipy"}
 MAX_LINES = 60
