@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -14,7 +15,7 @@ from mnist_wandb.compare import (
     comparison_csv,
     comparison_json,
 )
-from mnist_wandb.errors import ConfigError
+from mnist_wandb.errors import ConfigError, RunError
 from mnist_wandb.options import EXIT_DONE, JsonOption
 from mnist_wandb.records import find_runs, read_records
 from mnist_wandb.settings import Settings, load_settings
@@ -82,4 +83,39 @@ def compare(
 
         console = make_console(width=WIDTH_OF_COMPARISONS)
         print_comparison(console, make_console(stderr=True), comparison)
+    return EXIT_DONE
+
+
+@app.command()
+def report(
+    runs: RunsArgument = None,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="FILE", help="HTML file to write.")
+    ] = Path("report.html"),
+    metric: MetricOption = DEFAULT_METRIC,
+    group_by: GroupByOption = None,
+    pair: PairOption = None,
+) -> int:
+    """Show runs on one HTML page that needs no network: charts, mistakes, tables."""
+    if output.suffix.lower() not in (".html", ".htm"):
+        raise ConfigError(f"--output {output}: expected a file that ends in .html")
+    if not output.absolute().parent.is_dir():
+        raise ConfigError(f"--output {output}: there is no folder {output.parent}")
+    settings = load_settings()
+    comparison = _read_comparison(settings, runs, metric, group_by, pair)
+    from mnist_wandb.display import make_console
+    from mnist_wandb.report import build_report
+
+    messages = make_console(stderr=True)
+    for item in comparison.left_out:
+        messages.print(f"left out: {item.run}: {item.status}: {item.reason}")
+    page = build_report(comparison, data_dir=settings.data_dir)
+    temporary = output.with_name(f".{output.name}.tmp")
+    try:
+        temporary.write_text(page, encoding="utf-8")
+        temporary.replace(output)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise RunError(f"{output}: cannot be written: {error.strerror}") from None
+    make_console().print(f"report      {output} ({len(page.encode()) / 2**20:.1f} MiB)")
     return EXIT_DONE

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import difflib
+import functools
 import io
 import json
 from collections.abc import Hashable, Iterable, Mapping, Sequence
@@ -16,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from mnist_wandb.config import VARIANTS
+from mnist_wandb.config import VARIANTS, RunConfig
 from mnist_wandb.errors import ConfigError, RunError
 from mnist_wandb.records import (
     LeftOut,
@@ -273,7 +274,7 @@ def differing_keys(settings: Sequence[Mapping[str, Any]], keys: Iterable[str]) -
 def _telling_keys(settings: Sequence[Mapping[str, Any]], keys: Iterable[str]) -> tuple[str, ...]:
     """The differing keys without those that only follow from the name of a model or optimizer.
 
-    A zoo name stands for its sizes; a field that only one optimizer has follows from its name.
+    A zoo name stands for its sizes, an optimizer for its default of momentum.
     """
     differing = differing_keys(settings, keys)
 
@@ -282,16 +283,29 @@ def _telling_keys(settings: Sequence[Mapping[str, Any]], keys: Iterable[str]) ->
         name = f"{section}.name"
         if section not in VARIANTS or rest == "name" or name not in differing:
             return False
-        if section != "model" and all(key in s for s in settings):
-            return False
-        by_name: dict[Any, set[str]] = {}
-        for s in settings:
-            by_name.setdefault(s[name], set()).add(json.dumps(s.get(key)))
-        return all(len(values) == 1 for values in by_name.values())
+        return all(_default_value(section, s[name], key) == s.get(key) for s in settings)
 
     first = [key for key in differing if key.endswith(".name")]
     rest = [key for key in differing if not key.endswith(".name") and not follows(key)]
     return (*first, *rest)
+
+
+@functools.cache
+def _section_defaults(section: str, name: str) -> dict[str, Any]:
+    config = RunConfig.model_validate({section: {"name": name}})
+    return flatten(config.model_dump(mode="json"))
+
+
+def _default_value(section: str, name: str, key: str) -> Any:
+    """What a setting is when nothing but the section's name is said; None where it has none."""
+    return _section_defaults(section, name).get(key)
+
+
+def short_keys(keys: Sequence[str]) -> dict[str, str]:
+    """Dotted keys as people say them: `model`, `lr`; the whole key where that is not unique."""
+    short = {k: k.removesuffix(".name").rpartition(".")[2] for k in keys}
+    counts = list(short.values())
+    return {key: word if counts.count(word) == 1 else key for key, word in short.items()}
 
 
 def _name_parameters(parameters: Mapping[str, Any]) -> list[str]:

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from mnist_wandb.compare import Comparison, explain_pair, show_sample
+from mnist_wandb.compare import Comparison, explain_pair, short_keys, show_sample
 from mnist_wandb.metrics import EvalResult, class_scores
 from mnist_wandb.records import show_value
 from mnist_wandb.runs import RunSummary
@@ -200,8 +200,8 @@ def print_comparison(console: Console, messages: Console, comparison: Comparison
     """Print groups and tests; what is wrong with the runs goes to `messages`."""
     title = f"{comparison.metric} over seeds; {comparison.test_metric} is shown and never chooses"
     table = Table("", title=title, title_justify="left")
-    for key in comparison.columns:
-        table.add_column(key.removesuffix(".name"), overflow="fold")
+    for word in short_keys(comparison.columns).values():
+        table.add_column(word, overflow="fold")
     for heading in ("n", "mean ± std", "95 % interval", "best", "test ± std"):
         table.add_column(heading, justify="right")
     for heading in ("parameters", "seconds", "images/s"):

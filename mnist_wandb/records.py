@@ -219,7 +219,7 @@ def show_value(value: Any) -> str:
     if value is None:
         return "–"
     if isinstance(value, float):
-        return f"{value:.6g}"
+        return f"{value:.5g}"
     return value if isinstance(value, str) else json.dumps(value)
 
 

@@ -20,13 +20,13 @@ ROWS = [
     ("layers",),
     ("config",),
     ("loading",),
-    ("settings", "metrics", "options", "significance"),
+    ("settings", "metrics", "options", "significance", "charts"),
     ("runs",),
     ("records",),
     ("compare",),
     ("device", "augment", "pictures", "models", "data", "optim", "tracking"),
-    ("checkpoint",),
-    ("evaluate",),
+    ("checkpoint", "gallery"),
+    ("evaluate", "report"),
     ("train",),
     ("experiment",),
     ("display",),
@@ -56,6 +56,8 @@ HOMES = {
     "wandb": {"tracking"},
     "typer": {"cli", "commands_compare", "options"},
     "rich": {"cli", "display"},
+    "jinja2": {"report"},
+    "vl_convert": {"report"},
 }
 """Packages that stay in one room."""
 UNUSED = {"matplotlib", "sklearn", "pandas", "scipy"}
