@@ -103,7 +103,9 @@ function makeCard([key, truth, predicted, confidence, other], classes, pair) {
   return make("li", { title: `image ${key.split(":")[1]}: ${text}` }, image, bar, caption);
 }
 
-function showPictures() {
+const CARDS_AT_FIRST = 36;
+
+function showPictures(limit = CARDS_AT_FIRST) {
   const kind = kindOf();
   const pair = ofPair(kind) ? data.pair : null;
   const run = data.runs[byId("picture-run").value];
@@ -116,18 +118,26 @@ function showPictures() {
   const items = all.filter(
     (item) => (truth === "" || item[1] === +truth) && (predicted === "" || item[2] === +predicted),
   );
-  byId("cards").replaceChildren(...items.map((item) => makeCard(item, classes, pair)));
+  const shown = items.slice(0, limit);
+  byId("cards").replaceChildren(...shown.map((item) => makeCard(item, classes, pair)));
+  byId("picture-more").hidden = shown.length === items.length;
+  byId("picture-more").textContent = `Show all ${items.length}`;
   const mistakes = run.confusion.flatMap((row, i) => row.filter((_, j) => i !== j));
   const total = pair ? pair.total[kind] : mistakes.reduce((sum, count) => sum + count, 0);
   const images = (n) => `${n} image${n === 1 ? "" : "s"}`;
-  const of = kind !== "samples" && total > all.length ? `; ${all.length} of ${total} are on this page` : "";
+  const partial = kind !== "samples" && total > all.length;
+  const of = partial ? `; ${all.length} of ${total} are on this page` : "";
   byId("picture-count").textContent = `${images(items.length)}${of}`;
 }
 
 function startPictures() {
   if (!byId("cards")) return;
   const controls = [...document.querySelectorAll("input[name=kind], #pictures select")];
-  for (const control of controls) control.addEventListener("change", showPictures);
+  for (const control of controls) control.addEventListener("change", () => showPictures());
+  byId("picture-more").addEventListener("click", () => {
+    showPictures(Infinity);
+    byId("picture-truth").focus({ preventScroll: true });  // the button is gone
+  });
   showPictures();
 }
 
