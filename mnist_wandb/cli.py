@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mnist_wandb import __version__
+from mnist_wandb import __version__, commands_compare
 from mnist_wandb.config import RunConfig
 from mnist_wandb.errors import ConfigError, DivergedError, MnistWandbError
 from mnist_wandb.loading import (
@@ -69,6 +69,9 @@ def _version(value: bool) -> None:
     if value:
         typer.echo(f"mnist-wandb {__version__}")
         raise typer.Exit
+
+
+app.add_typer(commands_compare.app)
 
 
 @app.callback()

@@ -15,19 +15,23 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from mnist_wandb.compare import Comparison, explain_pair, short_keys, show_sample
 from mnist_wandb.metrics import EvalResult, class_scores
+from mnist_wandb.records import show_value
 from mnist_wandb.runs import RunSummary
 
 if TYPE_CHECKING:
     from mnist_wandb.train import Event
 
 WIDTH_WITHOUT_TERMINAL = 110
+WIDTH_OF_COMPARISONS = 200
 REFRESHES_PER_SECOND = 5
 
 
-def make_console(*, stderr: bool = False) -> Console:
-    """A console for stdout or stderr; wide enough for tables where it is not a terminal."""
-    width = None if (sys.stderr if stderr else sys.stdout).isatty() else WIDTH_WITHOUT_TERMINAL
+def make_console(*, stderr: bool = False, width: int | None = WIDTH_WITHOUT_TERMINAL) -> Console:
+    """A console for stdout or stderr; as wide as asked for where it is not a terminal."""
+    if (sys.stderr if stderr else sys.stdout).isatty():
+        width = None
     # Names and paths are the user's: `[bold]` and `:bomb:` in them mean nothing here.
     return Console(
         stderr=stderr, width=width, highlight=False, markup=False, emoji=False, soft_wrap=True
@@ -191,6 +195,41 @@ def print_evaluation(console: Console, result: EvalResult) -> None:
     for name, counts in zip(result.class_names, result.confusion.tolist(), strict=True):
         matrix.add_row(name, *(str(count) if count else "·" for count in counts))
     console.print(matrix)
+
+
+def print_comparison(console: Console, messages: Console, comparison: Comparison) -> None:
+    """Print groups and tests; what is wrong with the runs goes to `messages`."""
+    title = f"{comparison.metric} over seeds; {comparison.test_metric} is shown and never chooses"
+    table = Table("", title=title, title_justify="left")
+    for word in short_keys(comparison.columns).values():
+        table.add_column(word, overflow="fold")
+    for heading in ("n", "mean ± std", "95 % interval", "best", "test ± std"):
+        table.add_column(heading, justify="right")
+    for heading in ("parameters", "seconds", "images/s"):
+        table.add_column(heading, justify="right")
+    for group in comparison.groups:
+        scores = group.scores
+        low, high = group.num_parameters
+        table.add_row(
+            group.letter,
+            *(show_value(group.parameters[key]) for key in comparison.columns),
+            str(scores.n),
+            show_sample(scores),
+            "–" if scores.low is None else f"{scores.low:.4f}–{scores.high:.4f}",
+            f"{scores.best:.4f}",
+            show_sample(group.test),
+            f"{low:,}" if low == high else f"{low:,} to {high:,}",
+            f"{group.training_seconds:.1f}",
+            f"{group.images_per_second:,.0f}",
+        )
+    console.print(table)
+    for pair in comparison.pairs:
+        for line in explain_pair(pair, comparison):
+            console.print(line)
+    for item in comparison.left_out:
+        messages.print(f"left out: {item.run}: {item.status}: {item.reason}")
+    for warning in comparison.warnings:
+        messages.print(f"warning: {warning}")
 
 
 def print_metrics(console: Console, title: str, metrics: dict[str, float]) -> None:

@@ -43,12 +43,35 @@ def calibration_error(probabilities: Floats, labels: Ints, bins: int = CALIBRATI
 
     Source: Guo et al. 2017, "On Calibration of Modern Neural Networks", equation 3.
     """
+    index, confidence, correct = _bin_confidence(probabilities, labels, bins)
+    gap = np.bincount(index, weights=correct - confidence, minlength=bins)
+    return float(np.abs(gap).sum() / len(labels))
+
+
+def calibration_bins(
+    probabilities: Floats, labels: Ints, bins: int = CALIBRATION_BINS
+) -> list[tuple[float, float, int]]:
+    """(mean confidence, accuracy, images) of each confidence bin that is not empty.
+
+    The bins are those of `calibration_error`.
+    """
+    index, confidence, correct = _bin_confidence(probabilities, labels, bins)
+    return [
+        (float(confidence[index == i].mean()), float(correct[index == i].mean()), int(count))
+        for i, count in enumerate(np.bincount(index, minlength=bins))
+        if count
+    ]
+
+
+def _bin_confidence(
+    probabilities: Floats, labels: Ints, bins: int
+) -> tuple[Ints, Floats, npt.NDArray[np.bool_]]:
+    """Bin of each image, its confidence and whether it is right, (N,) each."""
     confidence = probabilities.max(axis=1).astype(np.float64)
     correct = probabilities.argmax(axis=1) == labels
     # Bin b holds the confidences in (b / bins, (b + 1) / bins].
     index = np.clip(np.ceil(confidence * bins).astype(np.int64) - 1, 0, bins - 1)
-    gap = np.bincount(index, weights=correct - confidence, minlength=bins)
-    return float(np.abs(gap).sum() / len(labels))
+    return index, confidence, correct
 
 
 @dataclass(frozen=True)

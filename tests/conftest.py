@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import struct
 import subprocess
@@ -19,7 +20,9 @@ import torch
 from mnist_wandb.cli import main
 from mnist_wandb.config import RunConfig
 from mnist_wandb.data import Splits, load_dataset
+from mnist_wandb.experiment import run_experiment
 from mnist_wandb.loading import load_config
+from mnist_wandb.settings import Settings
 
 REAL_DATA_DIR = Path(os.environ.get("MNIST_WANDB_DATA_DIR") or "data").absolute()
 """Real data sets, used where they are there; read before the tests' own environment is set."""
@@ -127,6 +130,30 @@ def digits_config() -> RunConfig:
 def digits() -> Splits:
     """The embedded digits, split by default."""
     return load_dataset(load_config("quickstart").data)
+
+
+@pytest.fixture(scope="session")
+def example_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with seven finished runs: linear and mlp_128 with two seeds each, a small sweep."""
+    folder = tmp_path_factory.mktemp("examples") / "runs"
+    small = ("tracking.mode=disabled", "training.epochs=2", "data.train_size=200")
+    models = [(f"model.name={m}", f"seed={s}") for m in ("linear", "mlp_128") for s in (0, 1)]
+    sweep = [
+        ("model.name=linear", f"optimizer.lr={lr}", "tracking.group=small_sweep", "name=trial")
+        for lr in (0.0005, 0.01, 0.02)
+    ]
+    # Names and ids are in alphabetical order, so that runs of one second are in order, too.
+    for number, overrides in enumerate((*models, *sweep)):
+        config = load_config("quickstart", (*small, *overrides))
+        settings = Settings(folder.parent, folder, wandb_run_id=f"example{number}")
+        run_experiment(config, settings)
+    return folder
+
+
+@pytest.fixture
+def runs_dir(example_runs: Path) -> Path:
+    """A copy of the example runs in the test's folder, under the default name."""
+    return Path(shutil.copytree(example_runs, "runs"))
 
 
 def write_idx(path: Path, array: np.ndarray) -> None:

@@ -20,15 +20,18 @@ ROWS = [
     ("layers",),
     ("config",),
     ("loading",),
-    ("settings", "metrics", "options"),
+    ("settings", "metrics", "options", "significance", "charts"),
     ("runs",),
+    ("records",),
+    ("compare",),
     ("device", "augment", "pictures", "models", "data", "optim", "tracking"),
-    ("checkpoint", "remote"),
-    ("evaluate",),
+    ("checkpoint", "remote", "gallery"),
+    ("evaluate", "report"),
     ("train",),
     ("experiment",),
     ("sync",),
     ("display",),
+    ("commands_compare",),
     ("cli",),
 ]
 """A module imports from earlier rows only, never sideways."""
@@ -43,10 +46,20 @@ LIGHT = (
     "metrics",
     "runs",
     "options",
+    "significance",
+    "records",
+    "compare",
+    "commands_compare",
     "cli",
 )
 """Imported without torch and wandb, so that help and configuration errors come at once."""
-HOMES = {"wandb": {"tracking", "remote"}, "typer": {"cli", "options"}, "rich": {"cli", "display"}}
+HOMES = {
+    "wandb": {"tracking", "remote"},
+    "typer": {"cli", "commands_compare", "options"},
+    "rich": {"cli", "display"},
+    "jinja2": {"report"},
+    "vl_convert": {"report"},
+}
 """Packages that stay in one room."""
 UNUSED = {"matplotlib", "sklearn", "pandas", "scipy"}
 MAX_LINES = 60

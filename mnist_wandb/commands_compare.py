@@ -1,0 +1,121 @@
+"""The commands that look at many runs: compare, report."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mnist_wandb.compare import (
+    DEFAULT_METRIC,
+    Comparison,
+    compare_runs,
+    comparison_csv,
+    comparison_json,
+)
+from mnist_wandb.errors import ConfigError, RunError
+from mnist_wandb.options import EXIT_DONE, JsonOption
+from mnist_wandb.records import find_runs, read_records
+from mnist_wandb.settings import Settings, load_settings
+
+app = typer.Typer()
+
+RunsArgument = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="RUN|FOLDER|SWEEP...",
+        help="Runs (folder, id or latest), folders of runs, sweeps by name or id;"
+        " default: the runs folder.",
+        show_default=False,
+    ),
+]
+MetricOption = Annotated[
+    str, typer.Option(metavar="NAME", help="Recorded metric to sort by; none of the test split.")
+]
+GroupByOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="KEY", help="Group by this setting instead of all but the seed (several times)."
+    ),
+]
+PairOption = Annotated[
+    tuple[str, str] | None,
+    typer.Option(metavar="A B", help="Test these two groups as well, named by letter or by a run."),
+]
+
+
+def _read_comparison(
+    settings: Settings,
+    runs: list[str] | None,
+    metric: str,
+    group_by: list[str] | None,
+    pair: tuple[str, str] | None,
+) -> Comparison:
+    folders = find_runs(runs or [str(settings.runs_dir)], settings.runs_dir)
+    records, damaged = read_records(folders)
+    pairs = () if pair is None else (pair,)
+    return compare_runs(
+        records, metric=metric, group_by=group_by or (), pairs=pairs, left_out=damaged
+    )
+
+
+@app.command()
+def compare(
+    runs: RunsArgument = None,
+    metric: MetricOption = DEFAULT_METRIC,
+    group_by: GroupByOption = None,
+    pair: PairOption = None,
+    as_json: JsonOption = False,
+    as_csv: Annotated[bool, typer.Option("--csv", help="One line per group on stdout.")] = False,
+) -> int:
+    """Compare runs: means over seeds with intervals, and whether differences are real."""
+    if as_json and as_csv:
+        raise ConfigError("--json and --csv: choose one")
+    comparison = _read_comparison(load_settings(), runs, metric, group_by, pair)
+    if as_json:
+        typer.echo(json.dumps(comparison_json(comparison), allow_nan=False))
+    elif as_csv:
+        typer.echo(comparison_csv(comparison), nl=False)
+    else:
+        from mnist_wandb.display import WIDTH_OF_COMPARISONS, make_console, print_comparison
+
+        console = make_console(width=WIDTH_OF_COMPARISONS)
+        print_comparison(console, make_console(stderr=True), comparison)
+    return EXIT_DONE
+
+
+@app.command()
+def report(
+    runs: RunsArgument = None,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="FILE", help="HTML file to write.")
+    ] = Path("report.html"),
+    metric: MetricOption = DEFAULT_METRIC,
+    group_by: GroupByOption = None,
+    pair: PairOption = None,
+) -> int:
+    """Show runs on one HTML page that needs no network: charts, mistakes, tables."""
+    if output.suffix.lower() not in (".html", ".htm"):
+        raise ConfigError(f"--output {output}: expected a file that ends in .html")
+    if not output.absolute().parent.is_dir():
+        raise ConfigError(f"--output {output}: there is no folder {output.parent}")
+    settings = load_settings()
+    comparison = _read_comparison(settings, runs, metric, group_by, pair)
+    from mnist_wandb.display import make_console
+    from mnist_wandb.report import build_report
+
+    messages = make_console(stderr=True)
+    for item in comparison.left_out:
+        messages.print(f"left out: {item.run}: {item.status}: {item.reason}")
+    page = build_report(comparison, data_dir=settings.data_dir)
+    temporary = output.with_name(f".{output.name}.tmp")
+    try:
+        temporary.write_text(page, encoding="utf-8")
+        temporary.replace(output)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise RunError(f"{output}: cannot be written: {error.strerror}") from None
+    make_console().print(f"report      {output} ({len(page.encode()) / 2**20:.1f} MiB)")
+    return EXIT_DONE
