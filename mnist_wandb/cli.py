@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mnist_wandb import __version__
+from mnist_wandb import __version__, commands_lab
 from mnist_wandb.config import RunConfig
 from mnist_wandb.errors import ConfigError, DivergedError, MnistWandbError
 from mnist_wandb.loading import (
@@ -66,6 +66,9 @@ def _version(value: bool) -> None:
     if value:
         typer.echo(f"mnist-wandb {__version__}")
         raise typer.Exit
+
+
+app.add_typer(commands_lab.app)
 
 
 @app.callback()
@@ -156,18 +159,18 @@ def _train(
 
 def _describe_run(resolved: ResolvedConfig, settings: Settings, *, as_json: bool) -> None:
     """The validated configuration and what it would do."""
-    from mnist_wandb.data import DATASETS, train_count
+    from mnist_wandb.data import train_count
     from mnist_wandb.device import choose_plan
     from mnist_wandb.display import make_console, print_rows
     from mnist_wandb.models import summarize_model
+    from mnist_wandb.sources import describe_source
     from mnist_wandb.train import check_batches, count_steps
 
     config = resolved.config
     plan = choose_plan(config).describe()
-    layers = summarize_model(
-        config.model, (1, 28, 28), len(DATASETS[config.data.dataset].class_names)
-    )
-    images = train_count(config.data)
+    source = describe_source(config.data, settings.data_dir)
+    layers = summarize_model(config.model, source.image_shape, len(source.class_names))
+    images = train_count(config.data, settings.data_dir)
     check_batches(config, images)
     total = count_steps(config, images)
     mode, reason = choose_wandb_mode(config, settings)

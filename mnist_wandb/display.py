@@ -129,6 +129,45 @@ class TrainingDisplay:
         )
 
 
+class CountDisplay:
+    """A bar for work that is counted; none where there is no terminal. A context manager."""
+
+    def __init__(self, console: Console, what: str) -> None:
+        self.next_refresh = 0.0
+        self.progress = Progress(
+            TextColumn(what),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            console=console,
+            auto_refresh=False,
+            transient=True,
+            disable=not console.is_terminal,
+        )
+        self.task = self.progress.add_task("", total=1)
+
+    def __enter__(self) -> CountDisplay:
+        self.progress.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.progress.stop()
+
+    def show(self, done: int, total: int) -> None:
+        """Show how much is done."""
+        now = time.monotonic()
+        if now < self.next_refresh and done < total:
+            return
+        self.next_refresh = now + 1 / REFRESHES_PER_SECOND
+        self.progress.update(self.task, completed=done, total=total)
+        self.progress.refresh()
+
+
 def print_summary(console: Console, summary: RunSummary, test: EvalResult | None) -> None:
     """Print how a run ended: results, tables, where things are, what to do next."""
     table = Table(

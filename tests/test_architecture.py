@@ -22,12 +22,16 @@ ROWS = [
     ("loading",),
     ("settings", "metrics", "options"),
     ("runs",),
-    ("device", "augment", "pictures", "models", "data", "optim", "tracking"),
+    ("device", "augment", "pictures", "idx", "models", "optim", "tracking"),
+    ("folders",),
+    ("sources",),
+    ("data",),
     ("checkpoint",),
     ("evaluate",),
     ("train",),
     ("experiment",),
     ("display",),
+    ("commands_lab",),
     ("cli",),
 ]
 """A module imports from earlier rows only, never sideways."""
@@ -42,10 +46,15 @@ LIGHT = (
     "metrics",
     "runs",
     "options",
+    "commands_lab",
     "cli",
 )
 """Imported without torch and wandb, so that help and configuration errors come at once."""
-HOMES = {"wandb": {"tracking"}, "typer": {"cli", "options"}, "rich": {"cli", "display"}}
+HOMES = {
+    "wandb": {"tracking"},
+    "typer": {"cli", "commands_lab", "options"},
+    "rich": {"cli", "display"},
+}
 """Packages that stay in one room."""
 UNUSED = {"matplotlib", "sklearn", "pandas", "scipy"}
 MAX_LINES = 60

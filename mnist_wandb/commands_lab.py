@@ -1,0 +1,72 @@
+"""The commands of the labs: export-images, explore, check, export."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mnist_wandb.errors import ConfigError
+from mnist_wandb.loading import load_config
+from mnist_wandb.options import EXIT_DONE, JsonOption
+from mnist_wandb.settings import load_settings
+from mnist_wandb.signals import EXIT_INTERRUPTED, StoppedBeforeTraining, StopSignals
+
+app = typer.Typer()
+
+
+@app.command("export-images")
+def export_images(
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to make or to complete.")],
+    dataset: Annotated[
+        str, typer.Option(metavar="NAME", help="Data set to write out, for example fashion_mnist.")
+    ] = "mnist",
+    workers: Annotated[
+        int | None, typer.Option(metavar="N", help="Processes; default: one for each core.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> int:
+    """Write a data set as numbered PNG files with labels.json, for data.dataset=image_folder."""
+    data = load_config(None, [f"data.dataset={dataset}"]).data
+    if data.dataset in ("image_folder", "shortcut_mnist"):
+        raise ConfigError(
+            f"--dataset: got {data.dataset}; allowed are data sets of 28×28 pixels that are not a"
+            " folder of pictures already"
+        )
+    if workers is not None and not 1 <= workers <= 64:
+        raise ConfigError(f"--workers: got {workers}, allowed: 1 to 64")
+    settings = load_settings()
+    StopSignals().install()
+    from mnist_wandb.display import CountDisplay, make_console
+    from mnist_wandb.folders import write_image_folder
+    from mnist_wandb.sources import read_source
+
+    source = read_source(data, settings.data_dir)
+    splits = {
+        "train": (source.train_images, source.train_labels),
+        "test": (source.test_images, source.test_labels),
+    }
+    counts = {name: len(labels) for name, (_, labels) in splits.items()}
+    try:
+        with CountDisplay(make_console(stderr=True), "pictures") as display:
+            written = write_image_folder(
+                out,
+                splits,
+                source.class_names,
+                origin={"dataset": data.dataset, "images": counts},
+                num_workers=workers,
+                on_progress=display.show,
+            )
+    except StoppedBeforeTraining as stop:
+        typer.echo("stopped; the same command goes on from here", err=True)
+        return EXIT_INTERRUPTED + stop.number
+    total = sum(counts.values())
+    facts = {"folder": str(out), "dataset": data.dataset, "images": total, "written": written}
+    if as_json:
+        typer.echo(json.dumps(facts))
+        return EXIT_DONE
+    typer.echo(f"{total:,} pictures of {data.dataset} in {out} ({written:,} written now)")
+    typer.echo(f"use them    mnist-wandb run data.dataset=image_folder data.dir={out}")
+    return EXIT_DONE
