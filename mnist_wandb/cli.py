@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import signal
 import sys
@@ -34,6 +33,7 @@ from mnist_wandb.options import (
     ConfigOption,
     JsonOption,
     ModelArgument,
+    QuietOption,
 )
 from mnist_wandb.settings import Settings, choose_wandb_mode, load_settings
 from mnist_wandb.signals import EXIT_INTERRUPTED, StoppedBeforeTraining, StopSignals
@@ -95,7 +95,7 @@ def run(
         bool, typer.Option("--dry-run", help="Validate and describe; train nothing.")
     ] = False,
     as_json: JsonOption = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
+    quiet: QuietOption = False,
 ) -> int:
     """Train one configuration: [--config NAME|FILE] [section.field=value ...]."""
     settings = load_settings()
@@ -125,13 +125,11 @@ def _train(
     stop = StopSignals()
     stop.install()
     # From here on torch and W&B are needed.
-    from mnist_wandb.display import LogLines, TrainingDisplay, make_console, print_summary
+    from mnist_wandb.display import TrainingDisplay, make_console, print_summary, show_log_lines
     from mnist_wandb.experiment import python_command, run_experiment
 
     messages = make_console(stderr=True)
-    logger = logging.getLogger("mnist_wandb")
-    logger.setLevel(logging.WARNING if quiet else logging.INFO)
-    logger.handlers = [LogLines(messages)]  # one, however often this is called in one process
+    show_log_lines(messages, quiet=quiet)
     epochs = resolved.config.training.epochs
     try:
         with TrainingDisplay(messages, epochs=epochs, quiet=quiet) as display:

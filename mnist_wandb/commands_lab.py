@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -10,7 +11,7 @@ import typer
 
 from mnist_wandb.errors import ConfigError
 from mnist_wandb.loading import load_config
-from mnist_wandb.options import EXIT_DONE, JsonOption
+from mnist_wandb.options import EXIT_DONE, WITH_OVERRIDES, ConfigOption, JsonOption, QuietOption
 from mnist_wandb.settings import load_settings
 from mnist_wandb.signals import EXIT_INTERRUPTED, StoppedBeforeTraining, StopSignals
 
@@ -69,4 +70,43 @@ def export_images(
         return EXIT_DONE
     typer.echo(f"{total:,} pictures of {data.dataset} in {out} ({written:,} written now)")
     typer.echo(f"use them    mnist-wandb run data.dataset=image_folder data.dir={out}")
+    return EXIT_DONE
+
+
+@app.command(context_settings=WITH_OVERRIDES)
+def explore(
+    context: typer.Context,
+    config: ConfigOption = None,
+    pictures: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="Where the pictures go; default: its run folder."),
+    ] = None,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> int:
+    """Say and show what is in a data set: [--config NAME|FILE] [section.field=value ...]."""
+    settings = load_settings()
+    resolved = load_config(config, context.args)
+    StopSignals().install()
+    from mnist_wandb.display import make_console, print_rows, record_lines, show_log_lines
+    from mnist_wandb.explore import run_exploration
+
+    show_log_lines(make_console(stderr=True), quiet=quiet)
+    outcome = run_exploration(resolved, settings, pictures_dir=pictures)
+    if as_json:
+        facts = {
+            **asdict(outcome.exploration),
+            "folder": str(outcome.folder),
+            "pictures": [str(path) for path in outcome.pictures],
+            "wandb": outcome.wandb,
+        }
+        typer.echo(json.dumps(facts))
+        return EXIT_DONE
+    console = make_console()
+    for table in outcome.exploration.tables():
+        print_rows(console, table.columns, table.rows, title=table.title)
+    for path in outcome.pictures:
+        console.print(f"picture     {path}")
+    for line in record_lines(outcome.folder, outcome.wandb):
+        console.print(line)
     return EXIT_DONE

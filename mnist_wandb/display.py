@@ -6,7 +6,7 @@ import logging
 import shlex
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -45,6 +45,13 @@ class LogLines(logging.Handler):
         """Print one message."""
         prefix = "warning: " if record.levelno >= logging.WARNING else ""
         self.console.print(f"{prefix}{record.getMessage()}")
+
+
+def show_log_lines(console: Console, *, quiet: bool = False) -> None:
+    """Show the package's log messages from now on; quiet leaves the warnings."""
+    logger = logging.getLogger("mnist_wandb")
+    logger.setLevel(logging.WARNING if quiet else logging.INFO)
+    logger.handlers = [LogLines(console)]  # one, however often this is called in one process
 
 
 class TrainingDisplay:
@@ -192,18 +199,24 @@ def print_summary(console: Console, summary: RunSummary, test: EvalResult | None
 def next_commands(summary: RunSummary) -> list[str]:
     """Where the record is, and the commands to look at it and to upload it."""
     folder = shlex.quote(summary.run_dir)
-    lines = [f"run folder  {summary.run_dir}"]
-    if summary.wandb.get("url"):
-        lines.append(f"W&B         {summary.wandb['url']}")
-    elif summary.wandb.get("dir"):
-        # A resumed run has a record of each session, all with the same id.
-        records = sorted(Path(summary.run_dir, "wandb").glob("offline-run-*"))
-        lines.append(f"look at it  wandb leet {shlex.quote(str(summary.wandb['dir']))}")
-        lines.append(f"upload it   wandb sync {shlex.join(map(str, records))}")
+    lines = record_lines(Path(summary.run_dir), summary.wandb)
     if summary.status == "interrupted":
         lines.append(f"go on       mnist-wandb run --resume {folder}")
     else:
         lines.append(f"use it      mnist-wandb predict {folder} PICTURE...")
+    return lines
+
+
+def record_lines(folder: Path, wandb: Mapping[str, str | None]) -> list[str]:
+    """Where a folder and its W&B record are, and the commands to look at it and to upload it."""
+    lines = [f"run folder  {folder}"]
+    if wandb.get("url"):
+        lines.append(f"W&B         {wandb['url']}")
+    elif wandb.get("dir"):
+        # A resumed run has a record of each session, all with the same id.
+        records = sorted((folder / "wandb").glob("offline-run-*"))
+        lines.append(f"look at it  wandb leet {shlex.quote(str(wandb['dir']))}")
+        lines.append(f"upload it   wandb sync {shlex.join(map(str, records))}")
     return lines
 
 

@@ -197,7 +197,8 @@ def evaluate_checkpoint(
 
 def _check_overrides(trained: RunConfig, config: RunConfig) -> None:
     """Refuse overrides without effect, and other splits: their images may have been trained on."""
-    data = {"dataset": config.data.dataset, "dir": config.data.dir}
+    fields = ("dataset", "dir", "shortcut")
+    data = {field: getattr(config.data, field) for field in fields}
     training = {"precision": config.training.precision, "loss": config.training.loss}
     allowed = trained.model_copy(
         update={
@@ -209,7 +210,7 @@ def _check_overrides(trained: RunConfig, config: RunConfig) -> None:
     if config != allowed:
         raise ConfigError(
             "evaluate: the model is trained already; allowed overrides: data.dataset, data.dir,"
-            " device, training.precision, training.loss"
+            " data.shortcut, device, training.precision, training.loss"
         )
 
 

@@ -20,13 +20,13 @@ from mnist_wandb.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from mnist_wandb.config import RunConfig
 from mnist_wandb.data import Preprocessing, Splits, load_dataset
 from mnist_wandb.device import Plan, choose_plan, deterministic_mode
-from mnist_wandb.errors import DivergedError, MnistWandbError, RunError, TrackingError
+from mnist_wandb.errors import DivergedError, MnistWandbError, RunError
 from mnist_wandb.evaluate import evaluate
 from mnist_wandb.metrics import EvalResult
 from mnist_wandb.models import build_model, count_parameters
 from mnist_wandb.runs import Recorder, RunFolder, RunSummary
-from mnist_wandb.settings import Settings, choose_wandb_mode
-from mnist_wandb.tracking import WandbSink
+from mnist_wandb.settings import Settings
+from mnist_wandb.tracking import start_wandb
 from mnist_wandb.train import CheckpointReady, Event, Logged, Validated, check_batches, train
 
 log = logging.getLogger(__name__)
@@ -113,24 +113,7 @@ class _Session:
         self.step, self.epoch = 0, 0.0
         self.training_seconds, self.images_used = 0.0, 0
         self.earlier_seconds = 0.0
-        self.mode, reason = choose_wandb_mode(config, settings)
-        log.info("W&B: %s (%s)", self.mode, reason)
-        self.wandb = self._start_wandb(settings)
-        self.wandb_facts: dict[str, str | None] = {"mode": "disabled", "id": None}
-        if self.wandb is not None:
-            self.wandb_facts = self.wandb.describe(self.mode)
-
-    def _start_wandb(self, settings: Settings) -> WandbSink | None:
-        if self.mode == "disabled":
-            return None
-        try:
-            return WandbSink.start(self.config, settings, self.folder, self.mode)
-        except TrackingError as error:
-            if self.mode == "offline" or self.config.tracking.mode == "online":
-                raise
-            log.warning("W&B: offline instead (%s)", error)
-            self.mode = "offline"
-            return WandbSink.start(self.config, settings, self.folder, self.mode)
+        self.wandb, self.wandb_facts = start_wandb(config, settings, folder)
 
     def begin(self, checkpoint: Checkpoint | None) -> None:
         """Start recording, or go on from a checkpoint with what the sessions before have left."""

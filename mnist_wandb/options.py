@@ -27,6 +27,7 @@ ConfigOption = Annotated[
     ),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
+QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
 ModelArgument = Annotated[
     str,
     typer.Argument(metavar="RUN|CHECKPOINT", help="Run folder, its id, or latest; or a .pt file."),

@@ -203,6 +203,10 @@ class RunFolder:
         """Write what the run ran on."""
         self._write(self.environment_path, json.dumps(environment, indent=2) + "\n")
 
+    def write_json(self, name: str, content: Mapping[str, Any]) -> None:
+        """Write any other record as one JSON object."""
+        self._write(self.path / name, json.dumps(content, indent=2, allow_nan=False) + "\n")
+
     def write_summary(self, summary: RunSummary) -> None:
         """Write the summary, last of all files of the folder."""
         self._write(

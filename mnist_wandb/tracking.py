@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 import urllib.request
@@ -24,7 +25,14 @@ from mnist_wandb.metrics import (
     sample_positions,
 )
 from mnist_wandb.runs import Row, RunFolder, slug
-from mnist_wandb.settings import Settings, WandbMode, keep_wandb_files_in
+from mnist_wandb.settings import (
+    Settings,
+    WandbMode,
+    choose_wandb_mode,
+    keep_wandb_files_in,
+)
+
+log = logging.getLogger(__name__)
 
 DEFAULT_PROJECT = "mnist-wandb"
 INIT_TIMEOUT_SECONDS = 20.0
@@ -197,6 +205,62 @@ class WandbSink:
         """End the W&B run with its exit code and a few values of the run's summary."""
         self.run.summary.update(dict(summary))
         self.run.finish(exit_code=exit_code)
+
+    def log_tables(self, prefix: str, tables: Sequence[Any]) -> None:
+        """Log tables (jobs.Table); cells that are uint8 arrays (H, W) become pictures."""
+        logged = {}
+        for table in tables:
+            rows = [[_cell(value) for value in row] for row in table.rows]
+            logged[f"{prefix}/{table.key}"] = wandb.Table(columns=list(table.columns), data=rows)
+        self.run.log(logged)
+
+    def log_pictures(self, prefix: str, paths: Sequence[Path]) -> None:
+        """Log picture files under their names."""
+        self.run.log({f"{prefix}/{path.stem}": wandb.Image(str(path)) for path in paths})
+
+    def log_class_counts(
+        self, prefix: str, class_names: Sequence[str], counts: Mapping[str, Sequence[int]]
+    ) -> None:
+        """Log a bar chart of the images per class for each split."""
+        charts = {}
+        for split, values in counts.items():
+            rows = [list(row) for row in zip(class_names, values, strict=True)]
+            table = wandb.Table(columns=["class", "images"], data=rows)
+            title = f"Images per class, {split}"
+            charts[f"{prefix}/{split}_classes"] = wandb.plot.bar(
+                table, "class", "images", title=title
+            )
+        self.run.log(charts)
+
+
+def start_wandb(
+    config: RunConfig, settings: Settings, folder: RunFolder
+) -> tuple[WandbSink | None, dict[str, str | None]]:
+    """Start the W&B run of a folder as configured; where `auto` finds no server, offline.
+
+    Returns:
+        The sink, or None where tracking is disabled, and mode, id, and url or dir.
+
+    Raises:
+        TrackingError: W&B cannot start offline either, or `tracking.mode` is online.
+    """
+    mode, reason = choose_wandb_mode(config, settings)
+    log.info("W&B: %s (%s)", mode, reason)
+    if mode == "disabled":
+        return None, {"mode": mode, "id": None}
+    try:
+        sink = WandbSink.start(config, settings, folder, mode)
+    except TrackingError as error:
+        if mode == "offline" or config.tracking.mode == "online":
+            raise
+        log.warning("W&B: offline instead (%s)", error)
+        mode = "offline"
+        sink = WandbSink.start(config, settings, folder, mode)
+    return sink, sink.describe(mode)
+
+
+def _cell(value: Any) -> Any:
+    return wandb.Image(value) if isinstance(value, np.ndarray) else value
 
 
 def _picture(result: EvalResult, images: npt.NDArray[np.uint8], i: int) -> wandb.Image:

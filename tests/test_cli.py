@@ -319,7 +319,7 @@ def test_predict_reads_pictures_of_any_size_and_polarity(
     ("override", "message"),
     [
         ("model.name=linear", "evaluate: the model is trained already"),
-        ("data.scaling=unit", "allowed overrides: data.dataset, data.dir, device"),
+        ("data.scaling=unit", "allowed overrides: data.dataset, data.dir, data.shortcut, device"),
     ],
 )
 def test_evaluate_refuses_overrides_without_effect(

@@ -120,6 +120,8 @@ def test_evaluate_scores_images_whose_shortcut_agrees_and_disagrees(
         json.loads(done.out)["metrics"]
     )
     assert "test/accuracy_shortcut_disagrees" in cli("evaluate", "latest").out
+    done = cli("evaluate", "latest", "--json", "data.shortcut.test_match=1")
+    assert json.loads(done.out)["metrics"]["test/accuracy"] > 0.8
     # All training images agree: there is no accuracy of those that disagree.
     assert "val/accuracy_shortcut_agrees" in metrics
     assert "val/accuracy_shortcut_disagrees" not in metrics
