@@ -5,15 +5,25 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from mnist_wandb.errors import ConfigError
 from mnist_wandb.loading import load_config
-from mnist_wandb.options import EXIT_DONE, WITH_OVERRIDES, ConfigOption, JsonOption, QuietOption
+from mnist_wandb.options import (
+    EXIT_DONE,
+    EXIT_FAILED,
+    WITH_OVERRIDES,
+    ConfigOption,
+    JsonOption,
+    QuietOption,
+)
 from mnist_wandb.settings import load_settings
 from mnist_wandb.signals import EXIT_INTERRUPTED, StoppedBeforeTraining, StopSignals
+
+if TYPE_CHECKING:
+    from mnist_wandb.checks import CheckResult
 
 app = typer.Typer()
 
@@ -110,3 +120,48 @@ def explore(
     for line in record_lines(outcome.folder, outcome.wandb):
         console.print(line)
     return EXIT_DONE
+
+
+@app.command(context_settings=WITH_OVERRIDES)
+def check(
+    context: typer.Context,
+    config: ConfigOption = None,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> int:
+    """Check that a recipe can be trusted: [--config NAME|FILE] [section.field=value ...]."""
+    settings = load_settings()
+    resolved = load_config(config, context.args)
+    StopSignals().install()
+    from mnist_wandb.checks import PROTOCOL, results_table, run_checks
+    from mnist_wandb.display import make_console, print_rows, record_lines, show_log_lines
+
+    messages = make_console(stderr=True)
+    show_log_lines(messages, quiet=quiet)
+    outcome = run_checks(
+        resolved,
+        settings,
+        on_result=lambda result: None if quiet else messages.print(_result_line(result)),
+    )
+    code = EXIT_DONE if outcome.passed else EXIT_FAILED
+    if as_json:
+        facts = {
+            "passed": outcome.passed,
+            "protocol": PROTOCOL,
+            "results": [asdict(result) for result in outcome.results],
+            "folder": str(outcome.folder),
+            "wandb": outcome.wandb,
+        }
+        typer.echo(json.dumps(facts))
+        return code
+    console = make_console()
+    table = results_table(outcome.results)
+    print_rows(console, table.columns, table.rows)
+    console.print(f"used: {PROTOCOL}")
+    for line in record_lines(outcome.folder, outcome.wandb):
+        console.print(line)
+    return code
+
+
+def _result_line(result: CheckResult) -> str:
+    return f"{'ok' if result.passed else 'FAILED':<7} {result.name}: {result.measured}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, get_args
 
@@ -133,7 +133,7 @@ def run_exploration(
     drawn = draw_pictures(splits, exploration)
     with open_job("explore", config, settings) as job:
         paths = _save_pictures(drawn, pictures_dir or job.folder.path)
-        job.write(exploration)
+        job.write(asdict(exploration))
         job.recorder.forward("log_tables", "explore", exploration.tables())
         job.recorder.forward("log_tables", "explore", [_sample_table(splits.train)])
         job.recorder.forward("log_pictures", "explore", paths)

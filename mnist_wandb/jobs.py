@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 from mnist_wandb.config import RunConfig
@@ -45,9 +45,9 @@ class Job:
     exit_code: int = 0
     totals: dict[str, float] = field(default_factory=dict)
 
-    def write(self, result: Any) -> None:
-        """Keep a dataclass as `<kind>.json`."""
-        self.folder.write_json(f"{self.kind}.json", asdict(result))
+    def write(self, result: Mapping[str, Any]) -> None:
+        """Keep a result as `<kind>.json`."""
+        self.folder.write_json(f"{self.kind}.json", result)
 
 
 @contextmanager

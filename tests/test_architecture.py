@@ -29,7 +29,7 @@ ROWS = [
     ("checkpoint",),
     ("evaluate",),
     ("train",),
-    ("experiment", "explore"),
+    ("experiment", "explore", "checks"),
     ("display",),
     ("commands_lab",),
     ("cli",),
