@@ -216,22 +216,6 @@ def _describe_run(resolved: ResolvedConfig, settings: Settings, *, as_json: bool
 # ── evaluate, predict ────────────────────────────────────────────────────────────────────────
 
 
-def _find_checkpoint(spec: str, settings: Settings) -> Path:
-    from mnist_wandb.runs import RunFolder
-
-    try:
-        path = Path(spec).expanduser()
-        if path.is_file():
-            return path
-    except (OSError, RuntimeError, ValueError) as error:
-        raise ConfigError(f"{spec[:80]!r}: not a path: {error}") from None
-    if path.suffix == ".pt":
-        from mnist_wandb.errors import CheckpointError
-
-        raise CheckpointError(f"{path}: no such file")
-    return RunFolder.find(spec, settings.runs_dir).checkpoint_path("best")
-
-
 @app.command(context_settings=WITH_OVERRIDES)
 def evaluate(
     context: typer.Context,
@@ -241,7 +225,9 @@ def evaluate(
 ) -> int:
     """Score a trained model: RUN|CHECKPOINT [section.field=value ...]."""
     settings = load_settings()
-    path = _find_checkpoint(model, settings)
+    from mnist_wandb.runs import find_checkpoint
+
+    path = find_checkpoint(model, settings.runs_dir)
     from mnist_wandb.evaluate import evaluate_checkpoint
 
     result, config = evaluate_checkpoint(
@@ -303,7 +289,9 @@ def predict(
     from mnist_wandb.pictures import find_pictures
 
     files = find_pictures(pictures)
-    path = _find_checkpoint(model, load_settings())
+    from mnist_wandb.runs import find_checkpoint
+
+    path = find_checkpoint(model, load_settings().runs_dir)
     from mnist_wandb.evaluate import predict_pictures
 
     predictions = predict_pictures(path, files, preprocess=not no_preprocess)

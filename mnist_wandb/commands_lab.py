@@ -17,8 +17,10 @@ from mnist_wandb.options import (
     WITH_OVERRIDES,
     ConfigOption,
     JsonOption,
+    ModelArgument,
     QuietOption,
 )
+from mnist_wandb.runs import find_checkpoint
 from mnist_wandb.settings import load_settings
 from mnist_wandb.signals import EXIT_INTERRUPTED, StoppedBeforeTraining, StopSignals
 
@@ -165,3 +167,35 @@ def check(
 
 def _result_line(result: CheckResult) -> str:
     return f"{'ok' if result.passed else 'FAILED':<7} {result.name}: {result.measured}"
+
+
+@app.command()
+def export(
+    model: ModelArgument,
+    to: Annotated[
+        str, typer.Option("--format", metavar="onnx", help="File format to write.")
+    ] = "onnx",
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", "-o", metavar="FILE", help="File; default: model.onnx of the run."),
+    ] = None,
+    as_json: JsonOption = False,
+) -> int:
+    """Write a trained model for other programs (needs the extra `onnx`)."""
+    if to != "onnx":
+        raise ConfigError(f"--format: got {to!r}, allowed: onnx")
+    path = find_checkpoint(model, load_settings().runs_dir)
+    from mnist_wandb.onnx_export import export_onnx
+
+    default = path.parent.parent if path.parent.name == "checkpoints" else path.parent
+    exported = export_onnx(path, out or default / "model.onnx")
+    if as_json:
+        typer.echo(json.dumps({**asdict(exported), "path": str(exported.path)}))
+        return EXIT_DONE
+    typer.echo(f"{exported.path} ({exported.num_bytes / 2**20:.1f} MiB, opset {exported.opset})")
+    typer.echo(
+        f"checked with ONNX Runtime: logits differ by at most {exported.largest_difference:.1e}"
+    )
+    for key, value in exported.metadata.items():
+        typer.echo(f"{key:<20} {value}")
+    return EXIT_DONE

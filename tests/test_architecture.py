@@ -27,7 +27,7 @@ ROWS = [
     ("sources",),
     ("data",),
     ("checkpoint",),
-    ("evaluate",),
+    ("evaluate", "onnx_export"),
     ("train",),
     ("experiment", "explore", "checks"),
     ("display",),
@@ -51,6 +51,8 @@ LIGHT = (
 )
 """Imported without torch and wandb, so that help and configuration errors come at once."""
 HOMES = {
+    "onnx": {"onnx_export"},
+    "onnxruntime": {"onnx_export"},
     "wandb": {"tracking"},
     "typer": {"cli", "commands_lab", "options"},
     "rich": {"cli", "display"},
