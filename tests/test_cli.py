@@ -388,7 +388,7 @@ def test_doctor_reports_versions_devices_folders_and_login(cli: Cli, mnist_like:
     finally:  # `.env` is put into the environment
         for name in ("MNIST_WANDB_DATA_DIR", "WANDB_API_KEY"):
             os.environ.pop(name, None)
-    assert facts["data sets there"] == "digits, mnist"
+    assert facts["data sets there"] == "digits, mnist, shortcut_mnist"
     assert facts["W&B mode"] == "online (API key in the environment or .env)"
     assert "0" * 40 not in str(facts)
 

@@ -4,13 +4,16 @@ import json
 import logging
 import os
 import re
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import FAST, Finished
+from conftest import FAST, Finished, Terminal
 from PIL import Image
 
 from mnist_wandb import folders
@@ -319,3 +322,29 @@ def test_pictures_of_a_folder_are_predicted_as_they_were_trained_on(cli: Cli) ->
     with np.load(Path(run) / "predictions.npz") as stored:
         assert np.allclose(said, stored["probabilities"][:2].max(axis=1), atol=2e-3)
     assert torch.equal(load(Path("out")).test.ids, torch.arange(359))
+
+
+def test_export_shows_a_bar_on_a_terminal(terminal: Terminal) -> None:
+    child = terminal("export-images", "--dataset", "digits", "out")
+    child.expect(r"pictures .*1797/1797")
+    child.expect(r"1,797 pictures of digits in out")
+    child.expect(r"use them    mnist-wandb run data\.dataset=image_folder data\.dir=out")
+    child.wait()
+    assert child.exitstatus == 0
+
+
+def test_export_stopped_by_a_signal_says_that_it_can_go_on(terminal: Terminal) -> None:
+    child = terminal("export-images", "--dataset", "digits", "out", "--workers", "1")
+    child.expect("pictures ")
+    child.kill(signal.SIGTERM)
+    said = child.expect(["stopped; the same command goes on from here", "1,797 pictures"])
+    child.wait()
+    assert child.exitstatus == (143 if said == 0 else 0)
+    done = subprocess.run(
+        [sys.executable, "-m", "mnist_wandb", "export-images", "--dataset", "digits", "out"],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert len(list(Path("out").rglob("*.png"))) == 1797
+    assert list(Path("out").rglob("*.tmp")) == []
