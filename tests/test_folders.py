@@ -81,8 +81,8 @@ def test_real_mnist_written_out_has_the_same_first_pictures(
         "train": (source.train_images[:200], source.train_labels[:200]),
         "test": (source.test_images[:100], source.test_labels[:100]),
     }
-    write_image_folder(tmp_path, parts, source.class_names, origin={})
-    splits = load(tmp_path, val_from="test", val_fraction=0.5)
+    write_image_folder(tmp_path / "out", parts, source.class_names, origin={})
+    splits = load(tmp_path / "out", val_from="test", val_fraction=0.5)
     assert np.array_equal(splits.train.images[:, 0], source.train_images[:200])
     assert np.array_equal(splits.train.labels, source.train_labels[:200])
 
