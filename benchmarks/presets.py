@@ -1,6 +1,6 @@
 """Train presets with several seeds and print test accuracy, epochs, seconds and hardware.
 
-    uv run python benchmarks/presets.py --seeds 3 linear cnn_small    (default: every preset)
+    uv run python benchmarks/presets.py --seeds 3 linear cnn_small    (default: all but lab_…)
 
 Each run is one process of the installed program, tracked offline, one after the other. Results are
 also appended to a file of JSON lines (--out), and runs that are in it already are not repeated.
@@ -75,7 +75,7 @@ def main() -> None:
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("runs/presets.jsonl"))
     arguments = parser.parse_args()
-    presets = arguments.presets or preset_names()
+    presets = arguments.presets or [n for n in preset_names() if not n.startswith("lab_")]
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     for preset in presets:
         for seed in range(arguments.first_seed, arguments.seeds):

@@ -8,8 +8,8 @@ def main() -> None:
     from mnist_wandb.cli import main as run
 
     code = run(sys.argv[1:])
-    tracking = sys.modules.get("mnist_wandb.tracking")  # imported only where it was needed
-    if tracking is not None and tracking.has_given_up():
+    background = sys.modules.get("mnist_wandb.background")  # imported only where it was needed
+    if background is not None and background.has_given_up():
         from mnist_wandb.signals import exit_at_once
 
         exit_at_once(code)

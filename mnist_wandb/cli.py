@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import re
 import signal
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mnist_wandb import __version__, commands_compare
+from mnist_wandb import __version__, commands_compare, commands_lab
 from mnist_wandb.config import RunConfig
 from mnist_wandb.errors import ConfigError, DivergedError, MnistWandbError
 from mnist_wandb.loading import (
@@ -36,6 +35,7 @@ from mnist_wandb.options import (
     ConfigOption,
     JsonOption,
     ModelArgument,
+    QuietOption,
 )
 from mnist_wandb.settings import Settings, choose_wandb_mode, load_settings
 from mnist_wandb.signals import EXIT_INTERRUPTED, StoppedBeforeTraining, StopSignals
@@ -72,6 +72,7 @@ def _version(value: bool) -> None:
 
 
 app.add_typer(commands_compare.app)
+app.add_typer(commands_lab.app)
 
 
 @app.callback()
@@ -98,7 +99,7 @@ def run(
         bool, typer.Option("--dry-run", help="Validate and describe; train nothing.")
     ] = False,
     as_json: JsonOption = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
+    quiet: QuietOption = False,
 ) -> int:
     """Train one configuration: [--config NAME|FILE] [section.field=value ...]."""
     settings = load_settings()
@@ -142,13 +143,11 @@ def _train(
     stop = StopSignals()
     stop.install()
     # From here on torch and W&B are needed.
-    from mnist_wandb.display import LogLines, TrainingDisplay, make_console, print_summary
+    from mnist_wandb.display import TrainingDisplay, make_console, print_summary, show_log_lines
     from mnist_wandb.experiment import python_command, run_experiment
 
     messages = make_console(stderr=True)
-    logger = logging.getLogger("mnist_wandb")
-    logger.setLevel(logging.WARNING if quiet else logging.INFO)
-    logger.handlers = [LogLines(messages)]  # one, however often this is called in one process
+    show_log_lines(messages, quiet=quiet)
     epochs = resolved.config.training.epochs
     try:
         with TrainingDisplay(messages, epochs=epochs, quiet=quiet) as display:
@@ -177,18 +176,18 @@ def _train(
 
 def _describe_run(resolved: ResolvedConfig, settings: Settings, *, as_json: bool) -> None:
     """The validated configuration and what it would do."""
-    from mnist_wandb.data import DATASETS, train_count
+    from mnist_wandb.data import train_count
     from mnist_wandb.device import choose_plan
     from mnist_wandb.display import make_console, print_rows
     from mnist_wandb.models import summarize_model
+    from mnist_wandb.sources import describe_source
     from mnist_wandb.train import check_batches, count_steps
 
     config = resolved.config
     plan = choose_plan(config).describe()
-    layers = summarize_model(
-        config.model, (1, 28, 28), len(DATASETS[config.data.dataset].class_names)
-    )
-    images = train_count(config.data)
+    source = describe_source(config.data, settings.data_dir)
+    layers = summarize_model(config.model, source.image_shape, len(source.class_names))
+    images = train_count(config.data, settings.data_dir)
     check_batches(config, images)
     total = count_steps(config, images)
     mode, reason = choose_wandb_mode(config, settings)
@@ -244,10 +243,10 @@ def sync(
     from mnist_wandb.runs import RunFolder
 
     folders = [RunFolder.find(run, settings.runs_dir) for run in runs]
-    from mnist_wandb.display import LogLines, make_console
+    from mnist_wandb.display import make_console, show_log_lines
     from mnist_wandb.sync import sync_run
 
-    logging.getLogger("mnist_wandb").handlers = [LogLines(make_console(stderr=True))]
+    show_log_lines(make_console(stderr=True))
     failed = False
     for folder in folders:
         try:
@@ -262,30 +261,19 @@ def sync(
 
 
 @contextmanager
-def _find_checkpoint(
+def _open_model(
     spec: str, settings: Settings, job_type: str
 ) -> Iterator[tuple[Path, Callable[[dict[str, Any]], None]]]:
     """The checkpoint of a run folder, a file or a W&B artifact, and where to log what it does."""
-    from mnist_wandb.runs import RunFolder
-
-    try:
-        path = Path(spec).expanduser()
-        exists = path.exists()
-    except (OSError, RuntimeError, ValueError) as error:
-        raise ConfigError(f"{spec[:80]!r}: not a path: {error}") from None
-    if not exists and re.fullmatch(r"[^/:]+/[^/:]+/[^/:]+:[^/:]+", spec):
+    if re.fullmatch(r"[^/:]+/[^/:]+/[^/:]+:[^/:]+", spec) and not Path(spec).exists():
         from mnist_wandb.remote import use_model
 
         with use_model(spec, settings, job_type) as model:
             yield model.path, model.log
-        return
-    if path.suffix == ".pt" and not exists:
-        from mnist_wandb.errors import CheckpointError
+    else:
+        from mnist_wandb.runs import find_checkpoint
 
-        raise CheckpointError(f"{path}: no such file")
-    if not path.is_file():
-        path = RunFolder.find(spec, settings.runs_dir).checkpoint_path("best")
-    yield path, lambda values: None
+        yield find_checkpoint(spec, settings.runs_dir), lambda values: None
 
 
 @app.command(context_settings=WITH_OVERRIDES)
@@ -297,7 +285,7 @@ def evaluate(
 ) -> int:
     """Score a trained model: RUN|CHECKPOINT [section.field=value ...]."""
     settings = load_settings()
-    with _find_checkpoint(model, settings, "evaluate") as (path, record):
+    with _open_model(model, settings, "evaluate") as (path, record):
         from mnist_wandb.evaluate import evaluate_checkpoint
 
         result, config = evaluate_checkpoint(
@@ -360,7 +348,7 @@ def predict(
     from mnist_wandb.pictures import find_pictures
 
     files = find_pictures(pictures)
-    with _find_checkpoint(model, load_settings(), "predict") as (path, record):
+    with _open_model(model, load_settings(), "predict") as (path, record):
         from mnist_wandb.evaluate import predict_pictures
 
         predictions = predict_pictures(path, files, preprocess=not no_preprocess)

@@ -58,12 +58,29 @@ class AugmentConfig(Section):
     )
 
 
+class ShortcutConfig(Section):
+    """How often the extra row of pixels of `shortcut_mnist` tells an image's own class."""
+
+    train_match: Fraction = Field(0.9, description="Share of training images (and validation).")
+    test_match: Fraction = Field(0.1, description="Share of test images.")
+
+
+SHORTCUT_DATASET = "shortcut_mnist"
+"""The data set with a `data.shortcut` section."""
+
+
 class DataConfig(Section):
     """Which images, how they are split and what is done to them."""
 
-    dataset: Literal["digits", "mnist", "fashion_mnist", "kmnist", "qmnist"] = Field(
-        "mnist", description="Data set; `digits` is embedded and needs no download."
-    )
+    dataset: Literal[
+        "digits",
+        "mnist",
+        "fashion_mnist",
+        "kmnist",
+        "qmnist",
+        "image_folder",
+        "shortcut_mnist",
+    ] = Field("mnist", description="Data set; `digits` is embedded and needs no download.")
     dir: str | None = Field(
         None, min_length=1, description="Data folder; default: MNIST_WANDB_DATA_DIR, else ./data."
     )
@@ -89,6 +106,31 @@ class DataConfig(Section):
     augment: AugmentConfig = Field(
         default_factory=AugmentConfig, description="Random changes to the training images."
     )
+    shortcut: ShortcutConfig | None = Field(
+        None,
+        description="shortcut_mnist only: {train_match: 0.9, test_match: 0.1}, how often it tells"
+        " the class.",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_shortcut(cls, values: Any) -> Any:
+        """The section's defaults for the data set that has it."""
+        if (
+            isinstance(values, Mapping)
+            and values.get("dataset") == SHORTCUT_DATASET
+            and values.get("shortcut") is None
+        ):
+            return {**values, "shortcut": {}}
+        return values
+
+    @model_validator(mode="after")
+    def _check_shortcut(self) -> DataConfig:
+        if self.shortcut is not None and self.dataset != SHORTCUT_DATASET:
+            raise ValueError(
+                f"shortcut belongs to dataset {SHORTCUT_DATASET}, not to {self.dataset}; remove it"
+            )
+        return self
 
 
 # ── model ────────────────────────────────────────────────────────────────────────────────────

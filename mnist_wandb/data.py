@@ -1,78 +1,31 @@
-"""Data sets as tensors on the device: reading, downloading, splitting, scaling, batches.
-
-A data set is one function that reads it (`_read_…`) and one row in `DATASETS`.
-"""
+"""Data sets as tensors on the device: splits, scaling, batches. Where they are from: sources.py."""
 
 from __future__ import annotations
 
-import contextlib
-import gzip
 import hashlib
-import http.client
-import io
-import logging
-import math
-import shutil
-import socket
-import tempfile
-import zlib
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
-from filelock import FileLock
 from torch import Tensor
 
-from mnist_wandb.config import IMAGE_SIZE, DataConfig
+from mnist_wandb.config import DataConfig
 from mnist_wandb.errors import ConfigError, DatasetError
+from mnist_wandb.idx import Array, read_idx
+from mnist_wandb.sources import DATASETS, describe_source, is_present, read_source
 
-log = logging.getLogger(__name__)
-
-Array = npt.NDArray[Any]
-
-DIGIT_NAMES = tuple("0123456789")
-FASHION_NAMES = (
-    "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat",
-    "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
-)  # fmt: skip
-KUZUSHIJI_NAMES = ("o", "ki", "su", "tsu", "na", "ha", "ma", "ya", "re", "wo")
-DOWNLOAD_TIMEOUT_SECONDS = 30.0
-
-
-@dataclass(frozen=True)
-class Source:
-    """A data set as its publisher splits it.
-
-    Attributes:
-        train_images, test_images: uint8 (N, H, W).
-        train_labels, test_labels: int64 (N,), classes from 0.
-    """
-
-    train_images: Array
-    train_labels: Array
-    test_images: Array
-    test_labels: Array
-
-
-@dataclass(frozen=True)
-class DatasetRow:
-    """One row of `DATASETS`: how to read it, and what is known without reading it."""
-
-    read: Callable[[DatasetRow, Path], Source]
-    class_names: tuple[str, ...]
-    num_train: int
-    num_test: int
-    torchvision_name: str = ""
-    files: tuple[str, str, str, str] = (
-        "train-images-idx3-ubyte",
-        "train-labels-idx1-ubyte",
-        "t10k-images-idx3-ubyte",
-        "t10k-labels-idx1-ubyte",
-    )
+__all__ = [
+    "DATASETS",
+    "Preprocessing",
+    "Split",
+    "Splits",
+    "batch_indices",
+    "is_present",
+    "load_dataset",
+    "read_idx",
+    "train_count",
+]
 
 
 @dataclass(frozen=True)
@@ -86,6 +39,8 @@ class Split:
         ids: int64 (N,), index of each image in its source file; on the CPU.
         class_names: C names.
         fingerprint: SHA-256 of images, labels and ids.
+        shortcut_agrees: bool (N,), whether the image's shortcut tells its class; on the CPU. None
+            for data sets without a shortcut.
     """
 
     name: str
@@ -94,6 +49,7 @@ class Split:
     ids: Tensor
     class_names: tuple[str, ...]
     fingerprint: str
+    shortcut_agrees: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -170,14 +126,9 @@ def load_dataset(
         DatasetError: files are missing and cannot be fetched, or are damaged.
         ConfigError: the sizes asked for do not fit the data.
     """
-    row = DATASETS[config.dataset]
-    try:
-        folder = Path(config.dir).expanduser() if config.dir else data_dir
-    except RuntimeError as error:
-        raise ConfigError(f"data.dir: got {config.dir!r}: {error}") from None
-    source = row.read(row, folder)
+    source = read_source(config, data_dir)
     rng = np.random.default_rng(config.split_seed)
-    num_classes = len(row.class_names)
+    num_classes = len(source.class_names)
     train = np.arange(len(source.train_labels))
     test = np.arange(len(source.test_labels))
     if config.val_from == "train":
@@ -188,8 +139,10 @@ def load_dataset(
         train = _balanced_subset(train, source.train_labels, config.train_size, num_classes, rng)
 
     def make(name: str, split: str, chosen: Array) -> Split:
-        images = source.train_images if split == "train" else source.test_images
-        labels = source.train_labels if split == "train" else source.test_labels
+        if split == "train":
+            images, labels, agrees = source.train_images, source.train_labels, source.train_agrees
+        else:
+            images, labels, agrees = source.test_images, source.test_labels, source.test_agrees
         absent = num_classes - len(np.unique(labels))
         if absent:
             raise DatasetError(
@@ -203,7 +156,9 @@ def load_dataset(
             )
         if len(chosen) < len(labels):
             images, labels = images[chosen], labels[chosen]
-        return _make_split(name, images, labels, chosen, row.class_names, device)
+        agreeing = None if agrees is None else torch.from_numpy(agrees[chosen])
+        made = _make_split(name, images, labels, chosen, source.class_names, device)
+        return replace(made, shortcut_agrees=agreeing)
 
     splits = (
         make("train", "train", train),
@@ -215,25 +170,20 @@ def load_dataset(
     return Splits(*splits, mean=mean, std=std, fingerprint=fingerprint)
 
 
-def train_count(config: DataConfig) -> int:
-    """Number of training images that `load_dataset` will give, without reading the data.
+def train_count(config: DataConfig, data_dir: Path = Path("data")) -> int:
+    """Number of training images that `load_dataset` will give, without reading them.
 
     Raises:
         ConfigError: `data.train_size` does not fit the data set.
+        DatasetError: there is no such image folder.
     """
-    row = DATASETS[config.dataset]
-    count = row.num_train
+    facts = describe_source(config, data_dir)
+    count = facts.num_train
     if config.val_from == "train":
-        count -= round(row.num_train * config.val_fraction)
+        count -= round(facts.num_train * config.val_fraction)
     if config.train_size is not None:
-        _check_train_size(config.train_size, len(row.class_names), count)
+        _check_train_size(config.train_size, len(facts.class_names), count)
     return config.train_size or count
-
-
-def is_present(row: DatasetRow, data_dir: Path) -> bool:
-    """Whether a data set can be read without a download."""
-    raw = data_dir / row.torchvision_name / "raw"
-    return not row.torchvision_name or all(_find_idx(raw, name) for name in row.files)
 
 
 def batch_indices(
@@ -345,176 +295,3 @@ def _pixel_statistics(images: Tensor) -> tuple[float, float]:
     if std == 0:
         raise DatasetError("the training images are all of one grey; nothing can be learned")
     return mean / 255, std / 255
-
-
-# ── reading ──────────────────────────────────────────────────────────────────────────────────
-
-
-def _read_digits(_row: DatasetRow, _data_dir: Path) -> Source:
-    """The embedded digits, 8×8 enlarged to 20×20 in the middle of 28×28, as MNIST has them."""
-    with np.load(Path(__file__).parent / "digits.npz") as stored:
-        small, labels, is_test = stored["images"], stored["labels"], stored["is_test"]
-    # Linear interpolation along one axis as a 20×8 matrix (pixel centres aligned).
-    centres = np.clip((np.arange(20) + 0.5) * 8 / 20 - 0.5, 0, 7)
-    enlarge = np.maximum(0, 1 - np.abs(centres[:, None] - np.arange(8)))
-    images = np.zeros((len(small), IMAGE_SIZE, IMAGE_SIZE), dtype=np.uint8)
-    images[:, 4:24, 4:24] = np.rint(enlarge @ (small * (255 / 16)) @ enlarge.T)
-    labels = labels.astype(np.int64)
-    return Source(images[~is_test], labels[~is_test], images[is_test], labels[is_test])
-
-
-def _read_idx_files(row: DatasetRow, data_dir: Path) -> Source:
-    """IDX files in torchvision's layout `<Name>/raw/`, fetched when missing."""
-    raw = data_dir / row.torchvision_name / "raw"
-    if not is_present(row, data_dir):
-        _download(row, data_dir)
-    arrays: list[Array] = []
-    for images_name, labels_name in (row.files[:2], row.files[2:]):
-        images_path, labels_path = _find_idx(raw, images_name), _find_idx(raw, labels_name)
-        if images_path is None or labels_path is None:
-            raise DatasetError(f"{raw}: {images_name} or {labels_name} is missing")
-        images, labels = read_idx(images_path), read_idx(labels_path)
-        arrays += _check_pair(images, labels, images_path, labels_path, len(row.class_names))
-    return Source(*arrays)
-
-
-def _find_idx(folder: Path, name: str) -> Path | None:
-    return next((p for p in (folder / name, folder / f"{name}.gz") if p.is_file()), None)
-
-
-def _check_pair(
-    images: Array, labels: Array, images_path: Path, labels_path: Path, num_classes: int
-) -> tuple[Array, Array]:
-    if images.ndim != 3 or images.dtype != np.uint8 or images.shape[1:] != (IMAGE_SIZE, IMAGE_SIZE):
-        raise DatasetError(
-            f"{images_path}: found {images.dtype} of shape {images.shape},"
-            f" expected uint8 (N, {IMAGE_SIZE}, {IMAGE_SIZE})"
-        )
-    if labels.ndim == 2:
-        labels = labels[:, 0]  # QMNIST: the class is the first of eight columns
-    if labels.ndim != 1:
-        raise DatasetError(f"{labels_path}: found shape {labels.shape}, expected one label a row")
-    if len(images) != len(labels):
-        raise DatasetError(
-            f"{labels_path}: {len(labels)} labels for the {len(images)} images in"
-            f" {images_path.name}; fetch both files again"
-        )
-    if len(labels) == 0:
-        raise DatasetError(f"{images_path}: holds no images")
-    low, high = int(labels.min()), int(labels.max())
-    if low < 0 or high >= num_classes:
-        raise DatasetError(
-            f"{labels_path}: found label {low if low < 0 else high}, allowed: 0 to"
-            f" {num_classes - 1}"
-        )
-    return images, labels.astype(np.int64)
-
-
-def read_idx(path: Path) -> Array:
-    """Read one IDX file (plain or `.gz`) of unsigned bytes or 32-bit integers.
-
-    Raises:
-        DatasetError: wrong magic number, truncated, or too long.
-
-    Source: the format's description on Yann LeCun's MNIST page.
-    """
-    try:
-        if path.suffix == ".gz":
-            content = np.frombuffer(bytearray(gzip.decompress(path.read_bytes())), np.uint8)
-        else:
-            content = np.fromfile(path, np.uint8)
-    except (OSError, EOFError, zlib.error) as error:
-        raise DatasetError(f"{path}: cannot be read: {error}") from None
-    magic = content[:4].tobytes()
-    dtypes: dict[int, np.dtype[Any]] = {8: np.dtype(np.uint8), 12: np.dtype(">i4")}
-    dtype = dtypes.get(magic[2] if len(magic) == 4 else 0)
-    if dtype is None or magic[:2] != b"\0\0" or not 1 <= magic[3] <= 4:
-        raise DatasetError(
-            f"{path}: not an IDX file (starts with {magic.hex(' ') or 'nothing'}, expected"
-            " 00 00 08 and the number of dimensions); fetch it again"
-        )
-    header = 4 + 4 * magic[3]
-    shape = tuple(int.from_bytes(content[i : i + 4].tobytes(), "big") for i in range(4, header, 4))
-    expected = header + dtype.itemsize * math.prod(shape)
-    if len(content) != expected:
-        state = "truncated" if len(content) < expected else "too long"
-        raise DatasetError(
-            f"{path}: {state}: {len(content)} bytes, expected {expected} for shape {shape};"
-            " fetch it again"
-        )
-    array: Array = content[header:].view(dtype).reshape(shape)
-    return array
-
-
-def _download(row: DatasetRow, data_dir: Path) -> None:
-    """Fetch through torchvision (which verifies checksums) into a temporary folder, then rename.
-
-    A file lock makes it one download per machine: later processes find the files.
-    """
-    name = row.torchvision_name
-    final = data_dir / name / "raw"
-    missing = [folder for folder in (final, *final.parents) if not folder.exists()]
-    lock_path = data_dir / f".{name}.lock"
-    try:
-        data_dir.mkdir(parents=True, exist_ok=True)
-        with (
-            FileLock(lock_path),
-            tempfile.TemporaryDirectory(prefix=f".{name}-", dir=data_dir) as temporary,
-        ):
-            if is_present(row, data_dir):
-                return
-            log.info("downloading %s to %s", name, final)
-            _fetch_with_torchvision(name, Path(temporary))
-            final.mkdir(parents=True, exist_ok=True)
-            for file in row.files:
-                shutil.move(Path(temporary) / name / "raw" / file, final / file)
-    except (OSError, RuntimeError, http.client.HTTPException) as error:
-        with contextlib.suppress(OSError):
-            lock_path.unlink(missing_ok=True)
-        for folder in missing:  # leave no new folders behind
-            with contextlib.suppress(OSError):
-                folder.rmdir()
-        reason = " ".join(str(error).split())[:200]
-        raise DatasetError(
-            f"{name}: the files are not in {final} and could not be downloaded ({reason});"
-            f" put {', '.join(row.files)} there by hand, point MNIST_WANDB_DATA_DIR or data.dir to"
-            " a folder that has them, or use data.dataset=digits, which needs no download"
-        ) from None
-
-
-def _fetch_with_torchvision(name: str, root: Path) -> None:
-    from torchvision import datasets  # slow to import, and only needed here
-
-    timeout = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(DOWNLOAD_TIMEOUT_SECONDS)
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):
-            if name == "QMNIST":
-                for what in ("train", "test"):
-                    datasets.QMNIST(str(root), what=what, download=True)
-            else:
-                getattr(datasets, name)(str(root), download=True)
-    finally:
-        socket.setdefaulttimeout(timeout)
-
-
-DATASETS: dict[str, DatasetRow] = {
-    "digits": DatasetRow(_read_digits, DIGIT_NAMES, 1438, 359),
-    "mnist": DatasetRow(_read_idx_files, DIGIT_NAMES, 60_000, 10_000, "MNIST"),
-    "fashion_mnist": DatasetRow(_read_idx_files, FASHION_NAMES, 60_000, 10_000, "FashionMNIST"),
-    "kmnist": DatasetRow(_read_idx_files, KUZUSHIJI_NAMES, 60_000, 10_000, "KMNIST"),
-    "qmnist": DatasetRow(
-        _read_idx_files,
-        DIGIT_NAMES,
-        60_000,
-        60_000,
-        "QMNIST",
-        (
-            "qmnist-train-images-idx3-ubyte",
-            "qmnist-train-labels-idx2-int",
-            "qmnist-test-images-idx3-ubyte",
-            "qmnist-test-labels-idx2-int",
-        ),
-    ),
-}
-"""All data sets by their name in `data.dataset`."""

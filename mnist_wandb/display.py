@@ -6,7 +6,7 @@ import logging
 import shlex
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -50,6 +50,13 @@ class LogLines(logging.Handler):
         prefix = {logging.WARNING: "warning: ", logging.ERROR: "error: "}.get(record.levelno, "")
         for line in record.getMessage().splitlines():
             self.console.print(f"{prefix}{line}")
+
+
+def show_log_lines(console: Console, *, quiet: bool = False) -> None:
+    """Show the package's log messages from now on; quiet leaves the warnings."""
+    logger = logging.getLogger("mnist_wandb")
+    logger.setLevel(logging.WARNING if quiet else logging.INFO)
+    logger.handlers = [LogLines(console)]  # one, however often this is called in one process
 
 
 class TrainingDisplay:
@@ -134,6 +141,45 @@ class TrainingDisplay:
         )
 
 
+class CountDisplay:
+    """A bar for work that is counted; none where there is no terminal. A context manager."""
+
+    def __init__(self, console: Console, what: str) -> None:
+        self.next_refresh = 0.0
+        self.progress = Progress(
+            TextColumn(what),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            console=console,
+            auto_refresh=False,
+            transient=True,
+            disable=not console.is_terminal,
+        )
+        self.task = self.progress.add_task("", total=1)
+
+    def __enter__(self) -> CountDisplay:
+        self.progress.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.progress.stop()
+
+    def show(self, done: int, total: int) -> None:
+        """Show how much is done."""
+        now = time.monotonic()
+        if now < self.next_refresh and done < total:
+            return
+        self.next_refresh = now + 1 / REFRESHES_PER_SECOND
+        self.progress.update(self.task, completed=done, total=total)
+        self.progress.refresh()
+
+
 def print_summary(console: Console, summary: RunSummary, test: EvalResult | None) -> None:
     """Print how a run ended: results, tables, where things are, what to do next."""
     table = Table(
@@ -158,18 +204,24 @@ def print_summary(console: Console, summary: RunSummary, test: EvalResult | None
 def next_commands(summary: RunSummary) -> list[str]:
     """Where the record is, and the commands to look at it and to upload it."""
     folder = shlex.quote(summary.run_dir)
-    lines = [f"run folder  {summary.run_dir}"]
-    if summary.wandb.get("url"):
-        lines.append(f"W&B         {summary.wandb['url']}")
-    elif summary.wandb.get("dir"):
-        # A resumed run has a record of each session, all with the same id.
-        records = sorted(Path(summary.run_dir, "wandb").glob("offline-run-*"))
-        lines.append(f"look at it  wandb leet {shlex.quote(str(summary.wandb['dir']))}")
-        lines.append(f"upload it   wandb sync {shlex.join(map(str, records))}")
+    lines = record_lines(Path(summary.run_dir), summary.wandb)
     if summary.status == "interrupted":
         lines.append(f"go on       mnist-wandb run --resume {folder}")
     else:
         lines.append(f"use it      mnist-wandb predict {folder} PICTURE...")
+    return lines
+
+
+def record_lines(folder: Path, wandb: Mapping[str, str | None]) -> list[str]:
+    """Where a folder and its W&B record are, and the commands to look at it and to upload it."""
+    lines = [f"run folder  {folder}"]
+    if wandb.get("url"):
+        lines.append(f"W&B         {wandb['url']}")
+    elif wandb.get("dir"):
+        # A resumed run has a record of each session, all with the same id.
+        records = sorted((folder / "wandb").glob("offline-run-*"))
+        lines.append(f"look at it  wandb leet {shlex.quote(str(wandb['dir']))}")
+        lines.append(f"upload it   wandb sync {shlex.join(map(str, records))}")
     return lines
 
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mnist_wandb.checkpoint import Checkpoint, load_checkpoint
-from mnist_wandb.config import RunConfig
+from mnist_wandb.config import IMAGE_SIZE, RunConfig
 from mnist_wandb.data import Preprocessing, Split, load_dataset
 from mnist_wandb.device import choose_plan, deterministic_mode
 from mnist_wandb.errors import CheckpointError, ConfigError
@@ -123,6 +123,7 @@ def evaluate(
         labels=split.labels.cpu().numpy(),
         ids=split.ids.numpy(),
         class_names=split.class_names,
+        shortcut_agrees=(None if split.shortcut_agrees is None else split.shortcut_agrees.numpy()),
     )
 
 
@@ -196,7 +197,8 @@ def evaluate_checkpoint(
 
 def _check_overrides(trained: RunConfig, config: RunConfig) -> None:
     """Refuse overrides without effect, and other splits: their images may have been trained on."""
-    data = {"dataset": config.data.dataset, "dir": config.data.dir}
+    fields = ("dataset", "dir", "shortcut")
+    data = {field: getattr(config.data, field) for field in fields}
     training = {"precision": config.training.precision, "loss": config.training.loss}
     allowed = trained.model_copy(
         update={
@@ -208,7 +210,7 @@ def _check_overrides(trained: RunConfig, config: RunConfig) -> None:
     if config != allowed:
         raise ConfigError(
             "evaluate: the model is trained already; allowed overrides: data.dataset, data.dir,"
-            " device, training.precision, training.loss"
+            " data.shortcut, device, training.precision, training.loss"
         )
 
 
@@ -221,9 +223,13 @@ def predict_pictures(
         CheckpointError, DatasetError: a file is not what it should be.
     """
     checkpoint = load_checkpoint(path)
-    style = "object" if checkpoint.config.data.dataset == "fashion_mnist" else "digit"
-    images = [read_picture(file, style=style if preprocess else "as_is") for file in files]
-    return predict_images(checkpoint, torch.from_numpy(np.stack(images))[:, None])
+    # An image folder was read as it is; what was done to its pictures is not known.
+    styles = {"fashion_mnist": "object", "image_folder": "as_is"}
+    style = styles.get(checkpoint.config.data.dataset, "digit") if preprocess else "as_is"
+    images = torch.from_numpy(np.stack([read_picture(file, style=style) for file in files]))
+    # A picture has no shortcut: the rows below it are black.
+    images = F.pad(images, (0, 0, 0, checkpoint.image_shape[1] - IMAGE_SIZE))
+    return predict_images(checkpoint, images[:, None])
 
 
 def predict_images(checkpoint: Checkpoint, images: Tensor) -> list[Prediction]:

@@ -16,7 +16,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from mnist_wandb.config import VARIANTS, ZOO, RunConfig, Section, tag_of
+from mnist_wandb.config import SHORTCUT_DATASET, VARIANTS, ZOO, RunConfig, Section, tag_of
 from mnist_wandb.errors import ConfigError
 from mnist_wandb.layers import (
     KeyPath,
@@ -231,6 +231,7 @@ def _merge_layers(layers: Iterable[Layer]) -> tuple[dict[str, Any], dict[KeyPath
             said = layer.values.get(section)
             if isinstance(said, Mapping) and isinstance(said.get("name"), str):
                 _drop_misfits(section, said["name"], merged, owners)
+        _drop_shortcut(layer.values.get("data"), merged, owners)
         for path in _leaves(layer.values):
             says_something = _get(layer.values, path) != {}  # unlike `optimizer: {}`
             for other in list(owners):  # a scalar for a section, or a section for a scalar
@@ -258,6 +259,17 @@ def _drop_misfits(
             del earlier[key]
             for path in [p for p in owners if p[:2] == (section, key)]:
                 del owners[path]
+
+
+def _drop_shortcut(said: Any, merged: dict[str, Any], owners: dict[KeyPath, Layer]) -> None:
+    """A layer that chooses another data set takes the shortcut of earlier layers away."""
+    earlier = merged.get("data")
+    if not isinstance(said, Mapping) or not isinstance(earlier, dict):
+        return
+    if said.get("dataset", SHORTCUT_DATASET) != SHORTCUT_DATASET and "shortcut" in earlier:
+        del earlier["shortcut"]
+        for path in [p for p in owners if p[:2] == ("data", "shortcut")]:
+            del owners[path]
 
 
 def _get(values: Any, path: KeyPath) -> Any:

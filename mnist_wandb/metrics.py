@@ -95,6 +95,7 @@ class EvalResult:
         labels: int64 (N,).
         ids: int64 (N,), index of each image in its source.
         class_names: C names.
+        shortcut_agrees: bool (N,), whether an image's shortcut tells its class; None without one.
     """
 
     loss: float
@@ -102,6 +103,7 @@ class EvalResult:
     labels: Ints
     ids: Ints
     class_names: tuple[str, ...]
+    shortcut_agrees: npt.NDArray[np.bool_] | None = None
 
     @cached_property
     def predictions(self) -> Ints:
@@ -134,13 +136,25 @@ class EvalResult:
         return calibration_error(self.probabilities, self.labels)
 
     def metrics(self, prefix: str) -> dict[str, float]:
-        """The scores by metric name, for example `test/accuracy`."""
-        return {
+        """The scores by metric name, for example `test/accuracy`.
+
+        With a shortcut also the accuracy where it tells the class and where it tells another one.
+        """
+        scores = {
             f"{prefix}/loss": self.loss,
             f"{prefix}/accuracy": self.accuracy,
             f"{prefix}/macro_f1": self.macro_f1,
             f"{prefix}/calibration_error": self.calibration_error,
         }
+        if self.shortcut_agrees is not None:
+            hits = self.predictions == self.labels
+            for name, chosen in (
+                ("agrees", self.shortcut_agrees),
+                ("disagrees", ~self.shortcut_agrees),
+            ):
+                if chosen.any():
+                    scores[f"{prefix}/accuracy_shortcut_{name}"] = float(hits[chosen].mean())
+        return scores
 
 
 def class_scores(confusion: Ints) -> ClassScores:

@@ -71,6 +71,8 @@ def read_picture(path: Path, *, style: str = "digit") -> Bytes:
         reason = " ".join(str(error).split())[:150]
         raise DatasetError(f"{path}: cannot be read as a picture: {reason}") from None
     if style == "as_is":
+        if grey.shape == (IMAGE_SIZE, IMAGE_SIZE):
+            return grey.round().astype(np.uint8)
         return _resize(grey, IMAGE_SIZE, IMAGE_SIZE).round().astype(np.uint8)
     border = np.concatenate([grey[0], grey[-1], grey[:, 0], grey[:, -1]])
     background = float(np.median(border))

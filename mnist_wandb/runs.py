@@ -21,7 +21,7 @@ import numpy as np
 from filelock import FileLock, Timeout
 
 from mnist_wandb.config import RunConfig
-from mnist_wandb.errors import RunError
+from mnist_wandb.errors import CheckpointError, ConfigError, RunError
 from mnist_wandb.loading import load_config, to_yaml
 from mnist_wandb.metrics import EvalResult
 
@@ -208,6 +208,10 @@ class RunFolder:
         """Write what the run ran on."""
         self._write(self.environment_path, json.dumps(environment, indent=2) + "\n")
 
+    def write_json(self, name: str, content: Mapping[str, Any]) -> None:
+        """Write any other record as one JSON object."""
+        self._write(self.path / name, json.dumps(content, indent=2, allow_nan=False) + "\n")
+
     def write_summary(self, summary: RunSummary) -> None:
         """Write the summary, last of all files of the folder."""
         self._write(
@@ -312,6 +316,25 @@ class RunFolder:
 def list_runs(root: Path) -> list[RunFolder]:
     """All run folders below `root`, oldest first."""
     return [RunFolder(path.parent) for path in sorted(root.glob("*/config.yaml"))]
+
+
+def find_checkpoint(spec: str, root: Path) -> Path:
+    """Find a checkpoint by its path, or the best one of a run; see `RunFolder.find`.
+
+    Raises:
+        RunError: there is no such run.
+        CheckpointError: there is no such file.
+        ConfigError: the text is not a path at all.
+    """
+    try:
+        path = Path(spec).expanduser()
+        if path.is_file():
+            return path
+    except (OSError, RuntimeError, ValueError) as error:
+        raise ConfigError(f"{spec[:80]!r}: not a path: {error}") from None
+    if path.suffix == ".pt":
+        raise CheckpointError(f"{path}: no such file")
+    return RunFolder.find(spec, root).checkpoint_path("best")
 
 
 def slug(name: str) -> str:

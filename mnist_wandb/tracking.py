@@ -5,12 +5,10 @@ from __future__ import annotations
 import json
 import logging
 import os
-import queue
 import re
 import socket
-import threading
 import urllib.request
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -19,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import wandb
 
+from mnist_wandb.background import Background, give_up
 from mnist_wandb.config import RunConfig, TrackingConfig
 from mnist_wandb.errors import TrackingError
 from mnist_wandb.metrics import (
@@ -43,8 +42,6 @@ INIT_TIMEOUT_SECONDS = 20.0
 """How long to wait for the server at the start before going on offline."""
 PROBE_TIMEOUT_SECONDS = 5.0
 MODEL_FILE = "model.pt"
-FINISH_GRACE_SECONDS = 2.0
-"""How much longer than its time limit the client may take at the end."""
 FLUSH_SECONDS = 1.0
 """How much of the W&B record a kill may cost; the run folder loses nothing."""
 PANEL_PICTURES = 32
@@ -134,39 +131,16 @@ class WandbSink:
             TrackingError: the server cannot be reached or refuses the key.
         """
         tracking = tracking or config.tracking
-        keep_wandb_files_in(folder.path / "wandb")
-        silence_client()
-        # Offline, each session's record holds the whole run, so that one upload is enough.
-        may_be_there = settings.wandb_run_id is not None or folder.metrics_path.exists()
         try:
             if mode == "online":
                 probe_server(settings.wandb_base_url)
-            run = wandb.init(
-                project=tracking.project or project_name(config, settings),
-                entity=tracking.entity or settings.wandb_entity,
-                dir=str(folder.path.absolute()),  # the client's service has another working folder
-                id=folder.run_id,
-                resume="allow" if mode == "online" and may_be_there else None,
-                name=config.name or f"{config.run_name}-seed{config.seed}",
-                group=tracking.group,
-                job_type=tracking.job_type,
-                tags=list(tracking.tags),
-                notes=tracking.notes,
-                config=config.model_dump(mode="json"),
-                mode=mode,
-                reinit="finish_previous",
-                settings=client_settings(
-                    tracking.upload_timeout_seconds,
-                    save_code=tracking.save_code,
-                    sweep_id=sweep_id or settings.sweep_id,
-                ),
-            )
+            run = _init(config, tracking, settings, folder, mode, sweep_id)
         except (wandb.Error, OSError) as error:
             reason = " ".join(str(error).split())[:300]
             if re.search(r"error 40[13]|HTTP 40[13]|not logged in|API key", reason):
                 reason = f"{settings.wandb_base_url} refuses the API key; log in again ({reason})"
             wandb.teardown()  # else the client holds the id for a run that never began
-            _give_up()
+            give_up()
             raise TrackingError(
                 f"W&B could not start ({mode}): {reason};"
                 " set tracking.mode=offline to record here and upload later"
@@ -291,6 +265,33 @@ class WandbSink:
             lambda: self.run._log_artifact(artifact, is_user_created=True, use_after_commit=True)
         )
 
+    def log_tables(self, prefix: str, tables: Sequence[Any]) -> None:
+        """Log tables (jobs.Table); cells that are uint8 arrays (H, W) become pictures."""
+        logged = {}
+        for table in tables:
+            rows = [[_cell(value) for value in row] for row in table.rows]
+            logged[f"{prefix}/{table.key}"] = wandb.Table(columns=list(table.columns), data=rows)
+        self.background.put(lambda: self.run.log(logged))
+
+    def log_pictures(self, prefix: str, paths: Sequence[Path]) -> None:
+        """Log picture files under their names."""
+        pictures = {f"{prefix}/{path.stem}": wandb.Image(str(path)) for path in paths}
+        self.background.put(lambda: self.run.log(pictures))
+
+    def log_class_counts(
+        self, prefix: str, class_names: Sequence[str], counts: Mapping[str, Sequence[int]]
+    ) -> None:
+        """Log a bar chart of the images per class for each split."""
+        charts = {}
+        for split, values in counts.items():
+            rows = [list(row) for row in zip(class_names, values, strict=True)]
+            table = wandb.Table(columns=["class", "images"], data=rows)
+            title = f"Images per class, {split}"
+            charts[f"{prefix}/{split}_classes"] = wandb.plot.bar(
+                table, "class", "images", title=title
+            )
+        self.background.put(lambda: self.run.log(charts))
+
     def watch(self, model: Any) -> None:
         """Log histograms of the gradients of a torch module."""
         self.run.watch(model, log="gradients", log_freq=100)
@@ -324,58 +325,38 @@ class WandbSink:
         self.background.end(self.upload_timeout)
 
 
-class Background:
-    """Does the client's calls in a thread of its own, one after the other.
-
-    The client takes plain rows at once and sends them later, but for each table and artifact it
-    asks the server first, 19 s long where nothing answers. Training must not wait for that, and
-    the program must not at its end: the client's own limit does not hold against every fault (seen
-    with endless 500).
-    """
-
-    def __init__(self) -> None:
-        self.calls: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()
-        self.error: Exception | None = None
-        self.thread = threading.Thread(target=self._work, name="mnist-wandb-uploads", daemon=True)
-        self.thread.start()
-
-    def put(self, call: Callable[[], object]) -> None:
-        """Do a call soon; its errors are told by `end`."""
-        self.calls.put(call)
-
-    def end(self, timeout: float) -> None:
-        """Wait for all calls.
-
-        Raises:
-            TrackingError: one has failed, or they take longer than `timeout` seconds.
-        """
-        self.calls.put(None)
-        self.thread.join(timeout + FINISH_GRACE_SECONDS)
-        if self.thread.is_alive() or isinstance(self.error, TimeoutError):
-            _give_up()
-            raise TrackingError(f"the server did not take everything within {timeout:g} s")
-        if self.error is not None:
-            raise TrackingError(" ".join(str(self.error).split())[:300])
-
-    def _work(self) -> None:
-        while (call := self.calls.get()) is not None:
-            try:
-                call()
-            except Exception as error:  # whatever the client raises; told at the end
-                self.error = error
-
-
-_has_given_up = False
-
-
-def _give_up() -> None:
-    global _has_given_up  # noqa: PLW0603 - so is the client and its exit hooks
-    _has_given_up = True
-
-
-def has_given_up() -> bool:
-    """Whether a server did not answer in time; the client's own exit hooks would wait on for it."""
-    return _has_given_up
+def _init(
+    config: RunConfig,
+    tracking: TrackingConfig,
+    settings: Settings,
+    folder: RunFolder,
+    mode: WandbMode,
+    sweep_id: str | None,
+) -> wandb.Run:
+    keep_wandb_files_in(folder.path / "wandb")
+    silence_client()
+    # Offline, each session's record holds the whole run, so that one upload is enough.
+    may_be_there = settings.wandb_run_id is not None or folder.metrics_path.exists()
+    return wandb.init(
+        project=tracking.project or project_name(config, settings),
+        entity=tracking.entity or settings.wandb_entity,
+        dir=str(folder.path.absolute()),  # the client's service has another working folder
+        id=folder.run_id,
+        resume="allow" if mode == "online" and may_be_there else None,
+        name=config.name or f"{config.run_name}-seed{config.seed}",
+        group=tracking.group,
+        job_type=tracking.job_type,
+        tags=list(tracking.tags),
+        notes=tracking.notes,
+        config=config.model_dump(mode="json"),
+        mode=mode,
+        reinit="finish_previous",
+        settings=client_settings(
+            tracking.upload_timeout_seconds,
+            save_code=tracking.save_code,
+            sweep_id=sweep_id or settings.sweep_id,
+        ),
+    )
 
 
 def start_wandb(
@@ -402,6 +383,10 @@ def start_wandb(
         mode = "offline"
         sink = WandbSink.start(config, settings, folder, mode)
     return sink, sink.describe(mode)
+
+
+def _cell(value: Any) -> Any:
+    return wandb.Image(value) if isinstance(value, np.ndarray) else value
 
 
 def _picture(result: EvalResult, images: npt.NDArray[np.uint8], i: int) -> wandb.Image:

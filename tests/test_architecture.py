@@ -22,16 +22,19 @@ ROWS = [
     ("loading",),
     ("settings", "metrics", "options", "significance", "charts"),
     ("runs",),
-    ("records",),
+    ("records", "background"),
     ("compare",),
-    ("device", "augment", "pictures", "models", "data", "optim", "tracking"),
+    ("device", "augment", "pictures", "idx", "models", "optim", "tracking", "drawing"),
+    ("folders", "jobs"),
+    ("sources",),
+    ("data",),
     ("checkpoint", "remote", "gallery"),
-    ("evaluate", "report"),
+    ("evaluate", "onnx_export", "report"),
     ("train",),
-    ("experiment",),
+    ("experiment", "explore", "checks"),
     ("sync",),
     ("display",),
-    ("commands_compare",),
+    ("commands_compare", "commands_lab"),
     ("cli",),
 ]
 """A module imports from earlier rows only, never sideways."""
@@ -50,15 +53,18 @@ LIGHT = (
     "records",
     "compare",
     "commands_compare",
+    "commands_lab",
     "cli",
 )
 """Imported without torch and wandb, so that help and configuration errors come at once."""
 HOMES = {
     "wandb": {"tracking", "remote"},
-    "typer": {"cli", "commands_compare", "options"},
+    "typer": {"cli", "commands_compare", "commands_lab", "options"},
     "rich": {"cli", "display"},
     "jinja2": {"report"},
     "vl_convert": {"report"},
+    "onnx": {"onnx_export"},
+    "onnxruntime": {"onnx_export"},
 }
 """Packages that stay in one room."""
 UNUSED = {"matplotlib", "sklearn", "pandas", "scipy"}

@@ -333,7 +333,7 @@ def test_predict_reads_pictures_of_any_size_and_polarity(
     ("override", "message"),
     [
         ("model.name=linear", "evaluate: the model is trained already"),
-        ("data.scaling=unit", "allowed overrides: data.dataset, data.dir, device"),
+        ("data.scaling=unit", "allowed overrides: data.dataset, data.dir, data.shortcut, device"),
     ],
 )
 def test_evaluate_refuses_overrides_without_effect(
@@ -402,7 +402,7 @@ def test_doctor_reports_versions_devices_folders_and_login(cli: Cli, mnist_like:
     finally:  # `.env` is put into the environment
         for name in ("MNIST_WANDB_DATA_DIR", "WANDB_API_KEY"):
             os.environ.pop(name, None)
-    assert facts["data sets there"] == "digits, mnist"
+    assert facts["data sets there"] == "digits, mnist, shortcut_mnist"
     assert facts["W&B mode"] == "online (API key in the environment or .env)"
     assert "0" * 40 not in str(facts)
 

@@ -34,6 +34,7 @@ from mnist_wandb.data import (
     train_count,
 )
 from mnist_wandb.errors import ConfigError, DatasetError
+from mnist_wandb.folders import write_image_folder
 from mnist_wandb.loading import load_config
 
 SPLIT_NAMES = ("train", "val", "test")
@@ -130,14 +131,23 @@ def test_every_dataset_of_the_configuration_has_a_row() -> None:
 @pytest.mark.parametrize("dataset", DATASETS)
 def test_every_dataset_is_read_from_its_files(dataset: str, tmp_path: Path) -> None:
     row = DATASETS[dataset]
-    assert row.torchvision_name == "" or not is_present(row, tmp_path)
+    assert dataset == "digits" or not is_present(row, tmp_path)
     if row.torchvision_name:
         write_dataset(tmp_path, cycle(100), cycle(50), dataset)
+    elif dataset == "image_folder":
+        noise = np.random.default_rng(0).integers(0, 256, (150, 28, 28)).astype(np.uint8)
+        parts = {"train": (noise[:100], cycle(100)), "test": (noise[100:], cycle(50))}
+        write_image_folder(tmp_path / "export", parts, tuple("0123456789"), origin={})
+        tmp_path /= "export"
     assert is_present(row, tmp_path)
     splits = load(tmp_path, dataset)
-    assert splits.class_names == row.class_names
-    assert len(set(row.class_names)) == 10
-    if row.torchvision_name:
+    assert splits.class_names == (row.class_names or tuple("0123456789"))
+    assert len(set(splits.class_names)) == 10
+    assert splits.image_shape == row.image_shape
+    assert train_count(DataConfig(dataset=dataset), tmp_path) == (
+        row.num_train - round(row.num_train * 0.1) or len(splits.train)
+    )
+    if dataset != "digits":
         assert [len(getattr(splits, name)) for name in SPLIT_NAMES] == [90, 10, 50]
         assert torch.equal(splits.test.labels, torch.arange(50) % 10)
     else:
