@@ -13,7 +13,13 @@ from torch import Tensor
 from mnist_wandb.config import DataConfig
 from mnist_wandb.errors import ConfigError, DatasetError
 from mnist_wandb.idx import Array, read_idx
-from mnist_wandb.sources import DATASETS, describe_source, is_present, read_source
+from mnist_wandb.sources import (
+    DATASETS,
+    data_folder,
+    describe_source,
+    is_present,
+    read_source,
+)
 
 __all__ = [
     "DATASETS",
@@ -110,7 +116,11 @@ class Preprocessing:
 
 
 def load_dataset(
-    config: DataConfig, *, data_dir: Path = Path("data"), device: torch.device | str = "cpu"
+    config: DataConfig,
+    *,
+    data_dir: Path = Path("data"),
+    device: torch.device | str = "cpu",
+    download: bool = True,
 ) -> Splits:
     """Read a data set (downloading it when it is missing), split it, put it on the device.
 
@@ -118,6 +128,7 @@ def load_dataset(
         config: the `data` section.
         data_dir: data folder where `config.dir` does not name one.
         device: where images and labels lie afterwards.
+        download: fetch what is missing; else that is an error.
 
     Returns:
         Stratified splits; the same configuration gives the same splits on every machine.
@@ -126,6 +137,9 @@ def load_dataset(
         DatasetError: files are missing and cannot be fetched, or are damaged.
         ConfigError: the sizes asked for do not fit the data.
     """
+    folder = data_folder(config, data_dir)
+    if not download and not is_present(DATASETS[config.dataset], folder):
+        raise DatasetError(f"{config.dataset} is not in {folder}; nothing is downloaded for this")
     source = read_source(config, data_dir)
     rng = np.random.default_rng(config.split_seed)
     num_classes = len(source.class_names)

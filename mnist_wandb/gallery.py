@@ -85,14 +85,10 @@ class PictureBook:
 def _read_test_images(
     config: dict[str, Any], data_dir: Path
 ) -> dict[int, tuple[npt.NDArray[np.uint8], int]]:
-    from mnist_wandb.data import DATASETS, is_present, load_dataset
-    from mnist_wandb.errors import DatasetError
+    from mnist_wandb.data import load_dataset
 
     data = DataConfig.model_validate(config)
-    folder = Path(data.dir).expanduser() if data.dir else data_dir
-    if not is_present(DATASETS[data.dataset], folder):
-        raise DatasetError(f"{data.dataset} is not in {folder}; nothing is downloaded for a report")
-    test = load_dataset(data, data_dir=data_dir).test
+    test = load_dataset(data, data_dir=data_dir, download=False).test
     images, labels = test.images[:, 0].numpy(), test.labels.tolist()
     return {number: (images[i], labels[i]) for i, number in enumerate(test.ids.tolist())}
 

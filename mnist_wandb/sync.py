@@ -7,6 +7,7 @@ import logging
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import numpy as np
 
 from mnist_wandb.checkpoint import load_checkpoint
 from mnist_wandb.config import RunConfig
-from mnist_wandb.data import DATASETS, Splits, is_present, load_dataset
+from mnist_wandb.data import Splits, load_dataset
 from mnist_wandb.errors import MnistWandbError, TrackingError
 from mnist_wandb.evaluate import evaluate
 from mnist_wandb.experiment import DATA_FACTS, EXIT_CODES, SUMMARY_TOTALS, model_metadata
@@ -176,7 +177,7 @@ def replay_run(folder: RunFolder, config: RunConfig, settings: Settings) -> None
             sink.log_confusion("val", _axes(row), best.confusion, best.class_names)
     if folder.predictions_path.exists():
         sink.open_row()
-        test = _read_predictions(folder, config, final)
+        test = _read_predictions(folder, environment["class_names"], final)
         images = splits.test.images[:, 0].cpu().numpy() if splits else np.zeros((0, 28, 28), "u1")
         count = config.tracking.sample_predictions if splits else 0
         sink.log_evaluation("test", _axes(row), test, images, count)
@@ -197,12 +198,8 @@ def _load_splits(
     config: RunConfig, settings: Settings, environment: dict[str, Any]
 ) -> Splits | None:
     """The run's data, if they are at hand (nothing is downloaded) and still the same."""
-    folder = Path(config.data.dir).expanduser() if config.data.dir else settings.data_dir
-    if not is_present(DATASETS[config.data.dataset], folder):
-        log.warning("%s: not in %s, so the pictures are left out", config.data.dataset, folder)
-        return None
     try:
-        splits = load_dataset(config.data, data_dir=settings.data_dir)
+        splits = load_dataset(config.data, data_dir=settings.data_dir, download=False)
     except MnistWandbError as error:
         log.warning("the pictures are left out: %s", error)
         return None
@@ -222,7 +219,9 @@ def _score_best(folder: RunFolder, config: RunConfig, splits: Splits | None) -> 
     return evaluate(model, splits.val, checkpoint.preprocessing, loss=config.training.loss)
 
 
-def _read_predictions(folder: RunFolder, config: RunConfig, final: dict[str, float]) -> EvalResult:
+def _read_predictions(
+    folder: RunFolder, class_names: Sequence[str], final: dict[str, float]
+) -> EvalResult:
     """The test scores as they were recorded; the test split is not scored again."""
     with np.load(folder.predictions_path) as arrays:
         return EvalResult(
@@ -230,5 +229,5 @@ def _read_predictions(folder: RunFolder, config: RunConfig, final: dict[str, flo
             probabilities=arrays["probabilities"].astype(np.float32),
             labels=arrays["labels"],
             ids=arrays["ids"],
-            class_names=DATASETS[config.data.dataset].class_names,
+            class_names=tuple(class_names),
         )
