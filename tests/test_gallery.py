@@ -83,7 +83,7 @@ def test_data_that_are_not_at_hand_are_not_downloaded(
     book = PictureBook(Path("nowhere"))
     items = book.samples(replace(record, config={**record.config, "data": data}), result)
     assert len(items) == SAMPLES
-    assert list(book.missing) == ["mnist is not in nowhere; nothing is downloaded for a report"]
+    assert list(book.missing) == ["mnist is not in nowhere; nothing is downloaded for this"]
     assert book.pictures == {}
     assert not Path("nowhere").exists()
 
