@@ -128,10 +128,10 @@ class Distribution:
         return None
 
     def _grid_size(self) -> int:
-        low, high = self.fields.get("min", 0), self.fields.get("max", 0)
+        span: float = self.fields["max"] - self.fields["min"]
         if self.kind == "int_uniform":
-            return int(high - low + 1)
-        return int(math.ceil((high - low) / self.fields["q"]))
+            return int(span) + 1
+        return math.ceil(span / float(self.fields["q"]))
 
     @property
     def has_huge_grid(self) -> bool:
