@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
+import threading
 from types import FrameType
 
 EXIT_INTERRUPTED = 128
 """Plus the signal's number: 130 for Ctrl-C, 143 for SIGTERM."""
+
+
+PARENT_GRACE_SECONDS = 15.0
+"""How long a child may go on to save its work when its parent has been killed."""
 
 
 class StoppedBeforeTraining(BaseException):
@@ -48,3 +54,17 @@ class StopSignals:
             self.received = number
             hint = "; Ctrl-C again stops at once" if number == signal.SIGINT else ""
             os.write(2, f"\nstopping after this step, saving a checkpoint{hint}\n".encode())
+
+
+def exit_after_parent() -> None:
+    """End this child process soon after its parent has ended, however that went."""
+    parent = multiprocessing.parent_process()
+    if parent is None:
+        return
+
+    def watch() -> None:
+        parent.join()
+        threading.Event().wait(PARENT_GRACE_SECONDS)
+        os._exit(EXIT_INTERRUPTED + signal.SIGTERM)
+
+    threading.Thread(target=watch, daemon=True).start()

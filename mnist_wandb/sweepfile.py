@@ -15,7 +15,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from mnist_wandb.distributions import (
     ALIASES,
@@ -80,7 +80,7 @@ class Metric:
     """What a sweep is about."""
 
     name: str
-    goal: str = "minimize"
+    goal: Literal["minimize", "maximize"] = "minimize"
     target: float | None = None
 
     @property
@@ -149,7 +149,8 @@ class SweepFile:
     digest: str
 
     @functools.cached_property
-    def _grid(self) -> list[list[Any]]:
+    def grid_columns(self) -> list[list[Any]]:
+        """The values of each parameter of a grid."""
         columns = []
         for parameter in self.parameters:
             # A value that is there twice is one point, as for W&B.
@@ -160,7 +161,7 @@ class SweepFile:
     @property
     def grid_size(self) -> int | None:
         """Number of points of a grid; None for random and bayes, which have no end."""
-        return math.prod(len(c) for c in self._grid) if self.method == "grid" else None
+        return math.prod(len(c) for c in self.grid_columns) if self.method == "grid" else None
 
     @property
     def num_points(self) -> int | None:
@@ -171,7 +172,7 @@ class SweepFile:
     def grid_point(self, index: int) -> list[Any]:
         """The values of one grid point, in the order of `parameters`; the last varies fastest."""
         values = []
-        for column in reversed(self._grid):
+        for column in reversed(self.grid_columns):
             index, position = divmod(index, len(column))
             values.append(column[position])
         return values[::-1]
@@ -393,7 +394,7 @@ class _Reader:
         if target is not None and not is_number(target):
             self.add(("metric", "target"), f"got {describe_value(target)}, expected a number")
             target = None
-        return Metric(name, goal, target)
+        return Metric(name, "maximize" if goal == "maximize" else "minimize", target)
 
     def explain_metric(self, name: str) -> str:
         if name.startswith("test/"):

@@ -22,12 +22,16 @@ ROWS = [
     ("loading", "sweepfile"),
     ("settings", "metrics", "options", "agent", "sweepschema"),
     ("runs",),
+    ("study",),
     ("device", "augment", "pictures", "models", "data", "optim", "tracking"),
     ("checkpoint",),
     ("evaluate",),
     ("train",),
     ("experiment",),
+    ("sweep_worker",),
+    ("sweep",),
     ("display",),
+    ("commands_sweep",),
     ("cli",),
 ]
 """A module imports from earlier rows only, never sideways."""
@@ -48,10 +52,18 @@ LIGHT = (
     "metrics",
     "runs",
     "options",
+    "commands_sweep",
     "cli",
 )
 """Imported without torch and wandb, so that help and configuration errors come at once."""
-HOMES = {"wandb": {"tracking"}, "typer": {"cli", "options"}, "rich": {"cli", "display"}}
+HOMES = {
+    "wandb": {"tracking"},
+    "typer": {"cli", "options", "commands_sweep"},
+    "rich": {"cli", "display"},
+    "optuna": {"study"},
+    "sqlalchemy": {"study"},
+    "multiprocessing": {"signals", "sweep", "sweep_worker"},
+}
 """Packages that stay in one room."""
 UNUSED = {"matplotlib", "sklearn", "pandas", "scipy"}
 MAX_LINES = 60
