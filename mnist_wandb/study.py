@@ -137,8 +137,24 @@ class SweepStudy:
         self.address = _address(storage or f"sqlite:///{folder.absolute() / 'sweep.db'}")
         self.space = {p.name: _optuna_distribution(sweep, p) for p in _varied(sweep)}
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        with self._telling_errors(), warnings.catch_warnings(action="ignore"):  # experimental
-            self.storage = optuna.storages.RDBStorage(
+        # For locks only; the first process also makes the tables, and only one may.
+        with self._telling_errors():
+            self.engine = sqlalchemy.create_engine(self.address, poolclass=sqlalchemy.NullPool)
+        with self._telling_errors(), self.lock():
+            self.storage = self._open_storage()
+            self.study = optuna.create_study(
+                storage=self.storage,
+                study_name=study_name(sweep),
+                direction=self.metric.goal,
+                load_if_exists=True,
+            )
+            if "sweep" not in self.study.user_attrs:
+                self.study.set_user_attr("sweep", sweep.text)
+                self.study.set_user_attr("metric", self.metric.name)
+
+    def _open_storage(self) -> optuna.storages.RDBStorage:
+        with warnings.catch_warnings(action="ignore"):  # heartbeats are experimental in Optuna
+            return optuna.storages.RDBStorage(
                 self.address.render_as_string(hide_password=False),
                 engine_kwargs=_engine_arguments(self.address),
                 # One file is for one machine, where the workers' locks tell who is alive.
@@ -148,16 +164,11 @@ class SweepStudy:
                     inherit_intermediate_values=True
                 ),
             )
-            with self.lock():
-                self.study = optuna.create_study(
-                    storage=self.storage,
-                    study_name=study_name(sweep),
-                    direction=self.metric.goal,
-                    load_if_exists=True,
-                )
-                if "sweep" not in self.study.user_attrs:
-                    self.study.set_user_attr("sweep", sweep.text)
-                    self.study.set_user_attr("metric", self.metric.name)
+
+    def close(self) -> None:
+        """End the connections to the database."""
+        self.storage.remove_session()
+        self.storage.engine.dispose()
 
     @property
     def is_file(self) -> bool:
@@ -183,7 +194,7 @@ class SweepStudy:
             "mysql": (f"SELECT GET_LOCK(LEFT(:name, 64), {LOCK_SECONDS})",
                       "SELECT RELEASE_LOCK(LEFT(:name, 64))"),
         }[self.address.get_backend_name()]  # fmt: skip
-        with self.storage.engine.connect() as connection:
+        with self.engine.connect() as connection:
             connection.execute(sqlalchemy.text(take), {"name": name})
             try:
                 yield
@@ -229,7 +240,12 @@ class SweepStudy:
 
     def claim(self, worker: Worker) -> Claim | None:
         """Take a trial: one that was under way, else the next point; None where there is none."""
-        with self._telling_errors(), self.lock():
+        # Heartbeats are experimental in Optuna, and it warns of asking without `optimize`.
+        with (
+            self._telling_errors(),
+            self.lock(),
+            warnings.catch_warnings(action="ignore"),
+        ):
             self._release_dead(worker.place)
             trials = self.study.get_trials(deepcopy=False)
             trial = self._ask(trials)
@@ -318,8 +334,7 @@ class SweepStudy:
     def _release_dead(self, place: str) -> None:
         """Put back what workers had that live no more; called under the lock."""
         if not self.is_file:
-            with warnings.catch_warnings(action="ignore"):  # experimental in Optuna
-                optuna.storages.fail_stale_trials(self.study)
+            optuna.storages.fail_stale_trials(self.study)
         for trial in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
             worker = trial.user_attrs.get("worker")
             if "parameters" not in trial.user_attrs:  # its worker died while it was made
@@ -351,7 +366,8 @@ class SweepStudy:
         """Record a value of the metric; False where the trial is not this worker's any more."""
         with self._telling_errors():
             try:
-                claim.trial.report(value, iteration)
+                # A resumed run reports some again; `Trial.report` would warn of that.
+                self.storage.set_trial_intermediate_value(claim.trial._trial_id, iteration, value)
             except optuna.exceptions.UpdateFinishedTrialError:
                 return False
         return True
@@ -470,6 +486,8 @@ def _address(storage: str) -> sqlalchemy.URL:
         raise SweepError(f"--storage: not a database's address; {allowed}") from None
     if backend == "sqlite" and not address.database:
         raise SweepError(f"--storage {storage}: names no file; {allowed}")
+    if backend == "sqlite" and not Path(str(address.database)).parent.is_dir():
+        raise SweepError(f"--storage {storage}: no such folder")
     if backend not in ("sqlite", "postgresql", "mysql"):
         raise SweepError(f"--storage: got {backend}, {allowed}")
     if address.drivername == "postgresql":

@@ -142,9 +142,11 @@ def run_sweep(
         SweepError: the database or the folder cannot be used, or no worker process starts.
     """
     folder = prepare_folder(sweep, settings)
-    study = SweepStudy(sweep, folder, options.storage)
     parent = f"parent-{secrets.token_hex(4)}"
-    with FileLock(lock_path(folder, parent)):
+    with (
+        contextlib.closing(SweepStudy(sweep, folder, options.storage)) as study,
+        FileLock(lock_path(folder, parent)),
+    ):
         job = WorkerJob(
             sweep,
             read_command(sweep),
@@ -217,6 +219,8 @@ class _Crew:
         """Keep workers working until nothing is left to do."""
         # Where nobody says how many, the first one finds out what there is to compute on.
         first = self.options.num_workers or 1
+        if self.is_complete():
+            return SweepOutcome("finished", "", self.job.folder, self.records)
         for _ in range(max(1, min(first, self.most_useful() or first))):
             self.start_worker()
         interrupted = False
@@ -340,6 +344,11 @@ class _Crew:
         self.tell(worker, Begin(worker.device, num_threads))
         self.send_on(worker)
 
+    def is_complete(self) -> bool:
+        """Whether every point has ended already."""
+        ended = sum(record.state in ENDED_STATES for record in self.records)
+        return ended == self.job.sweep.num_points
+
     def most_useful(self) -> int | None:
         """More workers than this would have nothing to do."""
         ended = sum(record.state in ENDED_STATES for record in self.records)
@@ -428,7 +437,8 @@ def read_status(
             f"{sweep.label}: this sweep has not been run here (no {folder});"
             f" start it with `mnist-wandb sweep run {sweep.label}`"
         )
-    return folder, SweepStudy(sweep, folder, storage).records()
+    with contextlib.closing(SweepStudy(sweep, folder, storage)) as study:
+        return folder, study.records()
 
 
 def best_first(sweep: SweepFile, records: Sequence[TrialRecord]) -> list[TrialRecord]:

@@ -12,7 +12,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -170,20 +170,28 @@ class _WorkerSession:
         self.stopping = True
 
     def serve(self) -> None:
-        """Do what the parent says."""
+        """Get ready, then do what the parent says."""
+        # All that a run imports, now instead of within the first trial; every optimizer of
+        # torch imports _dynamo.
         import torch
+        import torch._dynamo
 
-        import mnist_wandb.experiment  # noqa: F401 - now, instead of within the first trial
+        import mnist_wandb.experiment  # noqa: F401
         from mnist_wandb.device import available_devices
 
-        self.study = SweepStudy(self.job.sweep, self.job.folder, self.job.storage)
-        self.connection.send(Ready(available_devices()))
+        job = self.job
+        with contextlib.closing(SweepStudy(job.sweep, job.folder, job.storage)) as self.study:
+            self.connection.send(Ready(available_devices()))
+            self.obey(torch.set_num_threads)
+
+    def obey(self, set_num_threads: Callable[[int], None]) -> None:
+        """Take what the parent says until it wants an end."""
         while not self.stopping:
             match self.connection.recv():
                 case Begin(device, num_threads):
                     self.device = device
                     if num_threads is not None:
-                        torch.set_num_threads(num_threads)
+                        set_num_threads(num_threads)
                 case Go():
                     claim = self.study.claim(self.job.worker)
                     if claim is None:
