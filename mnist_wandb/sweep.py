@@ -49,6 +49,8 @@ STOP_SECONDS = 60.0
 """How long workers may take to save their trials before they are killed."""
 MOST_BROKEN_STARTS = 3
 """Workers that died before they were ready, in a row, before the sweep gives up."""
+MOST_DEATHS_IN_A_ROW = 10
+"""Workers that died without ending a trial, in a row, before the sweep gives up."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,7 @@ class WorkerState:
     connection: Connection
     device: str = ""
     is_ready: bool = False
+    is_dismissed: bool = False
     trial: Started | None = None
     progress: Progress | None = None
 
@@ -156,8 +159,11 @@ def run_sweep(
             Worker(_place(folder), "", parent),
             options.label,
         )
-        with _Crew(job, study, options, show, should_stop) as crew:
-            return crew.run()
+        try:
+            with _Crew(job, study, options, show, should_stop) as crew:
+                return crew.run()
+        finally:
+            lock_path(folder, parent).unlink(missing_ok=True)
 
 
 def prepare_folder(sweep: SweepFile, settings: Settings) -> Path:
@@ -202,7 +208,8 @@ class _Crew:
         self.workers: list[WorkerState] = []
         self.plan: list[tuple[str, int | None]] = []  # device and threads of each worker
         self.records = study.records()
-        self.num_begun = self.num_ended = self.failures_in_a_row = self.broken_starts = 0
+        self.num_begun = self.num_ended = 0
+        self.failures_in_a_row = self.broken_starts = self.deaths_in_a_row = 0
         self.reason = ""
         self.failed = False
 
@@ -270,22 +277,21 @@ class _Crew:
         worker.connection.close()
         worker.process.join()
         self.records = self.study.records()
-        if self.reason:
+        if self.reason or worker.is_dismissed:
             return
+        code = worker.process.exitcode
         self.broken_starts = 0 if worker.is_ready else self.broken_starts + 1
+        self.deaths_in_a_row += 1
         if self.broken_starts >= MOST_BROKEN_STARTS:
-            raise SweepError(
-                f"worker processes end before they have begun (exit code {worker.process.exitcode})"
-            )
-        if worker.trial is not None or not worker.is_ready:
-            if worker.trial is not None:
-                code = worker.process.exitcode
-                text = (
-                    f"trial {worker.trial.number}: its worker ended (exit code {code}); it goes on"
-                )
-                self.num_begun -= 1
-                self.show(self.progress(), Said(text))
-            self.start_worker()
+            raise SweepError(f"worker processes end before they have begun (exit code {code})")
+        if self.deaths_in_a_row >= MOST_DEATHS_IN_A_ROW:
+            raise SweepError(f"worker processes end again and again (exit code {code})")
+        if worker.is_ready:
+            self.num_begun -= 1  # what it had, or was about to take
+        if worker.trial is not None:
+            text = f"trial {worker.trial.number}: its worker ended (exit code {code}); it goes on"
+            self.show(self.progress(), Said(text))
+        self.start_worker()
 
     def stop_workers(self) -> None:
         """Tell all to save and to end; kill those that take too long."""
@@ -304,6 +310,11 @@ class _Crew:
         """Send a message; a worker that has just died is buried later."""
         with contextlib.suppress(OSError):
             worker.connection.send(message)
+
+    def dismiss(self, worker: WorkerState) -> None:
+        """Let a worker end: there is nothing more for it to do."""
+        worker.is_dismissed = True
+        self.tell(worker, Stop())
 
     def listen(self, worker: WorkerState) -> None:
         """Take all messages of a worker."""
@@ -328,8 +339,7 @@ class _Crew:
                 self.send_on(worker)
             case NothingLeft():
                 self.num_begun -= 1
-                self.tell(worker, Stop())
-                worker.trial = None
+                self.dismiss(worker)
             case Said():
                 self.show(self.progress(), message)
 
@@ -361,7 +371,7 @@ class _Crew:
         worker.trial = worker.progress = None
         enough = self.options.count is not None and self.num_begun >= self.options.count
         if self.reason or enough:
-            self.tell(worker, Stop())
+            self.dismiss(worker)
         else:
             self.num_begun += 1
             self.tell(worker, Go())
@@ -369,6 +379,7 @@ class _Crew:
     def account(self, worker: WorkerState, ended: Ended) -> None:
         """Count a trial that has ended."""
         worker.trial = worker.progress = None
+        self.deaths_in_a_row = 0
         self.records = self.study.records()
         if ended.state == "waiting":
             self.num_begun -= 1

@@ -21,10 +21,10 @@ from typing import Any
 from filelock import FileLock
 
 from mnist_wandb.agent import RunCommand, resolve_point
-from mnist_wandb.errors import MnistWandbError, RunError
+from mnist_wandb.errors import MnistWandbError, RunError, SweepError
 from mnist_wandb.runs import RunFolder
 from mnist_wandb.settings import Settings
-from mnist_wandb.signals import exit_after_parent
+from mnist_wandb.signals import exit_after_parent, exit_at_once
 from mnist_wandb.study import HEARTBEAT_SECONDS, Claim, SweepStudy, Worker, lock_path
 from mnist_wandb.sweepfile import SweepFile
 
@@ -134,11 +134,23 @@ def work(connection: Connection, job: WorkerJob) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears Ctrl-C and tells us
     exit_after_parent()
     # Whoever can take this lock knows that we are gone, however we went.
+    code = 0
     with FileLock(lock_path(job.folder, job.worker.name)):
         session = _WorkerSession(connection, job)
         signal.signal(signal.SIGTERM, session.on_sigterm)
-        with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
+        try:
             session.serve()
+        except (EOFError, BrokenPipeError, ConnectionResetError):
+            pass  # the parent is gone
+        except SweepError as error:  # the database is
+            code = 1
+            with contextlib.suppress(OSError):
+                connection.send(Said(str(error)))
+    lock_path(job.folder, job.worker.name).unlink(missing_ok=True)
+    from mnist_wandb.tracking import close_service
+
+    close_service()
+    exit_at_once(code)  # taking torch down in order takes over a second, for nothing
 
 
 class _ToParent(logging.Handler):

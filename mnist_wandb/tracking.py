@@ -55,6 +55,11 @@ def _probe(base_url: str) -> None:
         raise OSError(f"{base_url} does not answer: {error.strerror or error}") from None
 
 
+def close_service() -> None:
+    """End the client's own service process, after the last run."""
+    wandb.teardown()
+
+
 class WandbSink:
     """One W&B run, fed from the recorder."""
 

@@ -12,9 +12,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pexpect
 import pytest
-from conftest import Finished
+from conftest import Finished, Terminal
 
+from mnist_wandb.display import describe_parameters, describe_seconds
 from mnist_wandb.errors import ConfigError, SweepError
 from mnist_wandb.loading import load_config
 from mnist_wandb.runs import RunFolder
@@ -156,6 +158,16 @@ def test_each_trial_is_an_ordinary_run(undisturbed: dict[str, Any]) -> None:
             assert summary["status"] == "diverged"
 
 
+def test_a_trial_is_found_by_its_id_as_any_run(
+    undisturbed: dict[str, Any], monkeypatch: pytest.MonkeyPatch, cli: Callable[..., Finished]
+) -> None:
+    monkeypatch.chdir(undisturbed["folder"])
+    best = undisturbed["outcome"]["best"]
+    done = cli("evaluate", best["run_id"], "--split", "val", "--json")
+    assert json.loads(done.out)["metrics"]["val/accuracy"] == best["value"]
+    assert cli("evaluate", "latest").code == 2  # a sweep's trials are none of one's own runs
+
+
 def test_a_finished_sweep_has_nothing_left_to_do_and_says_its_status(
     undisturbed: dict[str, Any], monkeypatch: pytest.MonkeyPatch, cli: Callable[..., Finished]
 ) -> None:
@@ -199,6 +211,20 @@ def test_kills_of_a_worker_and_of_the_parent_change_no_number(undisturbed: dict[
     assert numbers(Path(outcome["folder"])) == undisturbed["numbers"]
     for path, changed in ended.items():  # what had ended is left alone
         assert path.stat().st_mtime_ns == changed
+
+
+@pytest.mark.slow
+def test_a_worker_that_is_told_to_end_by_others_is_replaced(undisturbed: dict[str, Any]) -> None:
+    Path("mine.yaml").write_text(SWEEP)
+    process = start("--workers=1", "--json")
+    wait_until(run_under_way)
+    os.kill(workers_of(process)[0], signal.SIGTERM)
+    out, err = process.communicate(timeout=240)
+    assert process.returncode == 0, err
+    assert "put back" in err
+    outcome = json.loads(out)
+    assert outcome["num_run"] == 4
+    assert numbers(Path(outcome["folder"])) == undisturbed["numbers"]
 
 
 @pytest.mark.slow
@@ -370,3 +396,29 @@ def test_a_worker_that_cannot_start_ends_the_sweep(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr("mnist_wandb.sweep.MOST_BROKEN_STARTS", 1)
     with pytest.raises(SweepError, match="worker processes end before they have begun"):
         run_here(f"method: grid\n{FAST}parameters: {{seed: {{value: 1}}}}\n")
+
+
+# ── the display ──────────────────────────────────────────────────────────────────────────────
+
+
+def test_the_live_table_shows_workers_and_what_they_do(terminal: Terminal) -> None:
+    Path("mine.yaml").write_text(f"method: grid\n{FAST}parameters: {{seed: {{values: [0, 1]}}}}\n")
+    child = terminal("sweep", "run", "mine.yaml", "--workers", "1")
+    child.expect("mine: 0/2")
+    child.expect("starting")
+    child.expect(r"trial 0 +finished +0\.\d{4}")
+    child.expect("about .* left")
+    child.expect(r"trial 1 +finished +0\.\d{4}")
+    child.expect("mine: grid, 2 points; 2 finished")
+    child.expect(pexpect.EOF)
+    child.close()
+    assert child.exitstatus == 0
+
+
+def test_parameters_and_durations_are_shown_briefly() -> None:
+    parameters = {"optimizer": {"lr": 0.00123456, "name": "adam"}, "model.hidden_sizes": [64, 32]}
+    assert (
+        describe_parameters(parameters)
+        == "optimizer.lr=0.001235 optimizer.name=adam model.hidden_sizes=[64, 32]"
+    )
+    assert [describe_seconds(s) for s in (5.4, 300, 7200)] == ["5 s", "5 min", "2.0 h"]
