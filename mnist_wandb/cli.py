@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mnist_wandb import __version__, commands_compare, commands_lab
+from mnist_wandb.commands_sweep import sweep_app
 from mnist_wandb.config import RunConfig
 from mnist_wandb.errors import ConfigError, DivergedError, MnistWandbError
 from mnist_wandb.loading import (
@@ -39,6 +40,7 @@ from mnist_wandb.options import (
 )
 from mnist_wandb.settings import Settings, choose_wandb_mode, load_settings
 from mnist_wandb.signals import EXIT_INTERRUPTED, StoppedBeforeTraining, StopSignals
+from mnist_wandb.sweepschema import sweep_schema
 
 if TYPE_CHECKING:
     from mnist_wandb.metrics import EvalResult
@@ -55,6 +57,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     epilog="Exit codes: 0 done, 2 bad input, 1 a run failed or diverged, 130 Ctrl-C, 143 SIGTERM.",
 )
+
+
+app.add_typer(sweep_app, name="sweep")
 
 
 def _settings_help() -> str:
@@ -425,14 +430,15 @@ def show(
 
 @app.command()
 def schema(
-    what: Annotated[str, typer.Argument(metavar="run", help="Which files the schema is for.")] = (
-        "run"
-    ),
+    what: Annotated[
+        str, typer.Argument(metavar="run|sweep", help="Which files the schema is for.")
+    ] = "run",
 ) -> int:
-    """Print the JSON Schema of config files, for editors."""
-    if what != "run":
-        raise ConfigError(f"schema: got {what!r}, allowed: run")
-    typer.echo(json.dumps(json_schema(), indent=2))
+    """Print the JSON Schema of config files or of sweep files, for editors."""
+    schemas = {"run": json_schema, "sweep": sweep_schema}
+    if what not in schemas:
+        raise ConfigError(f"schema: got {what!r}, allowed: {', '.join(schemas)}")
+    typer.echo(json.dumps(schemas[what](), indent=2))
     return EXIT_DONE
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import shlex
 import sys
@@ -11,7 +12,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
+from rich.console import Console, Group
+from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -21,6 +23,10 @@ from mnist_wandb.records import show_value
 from mnist_wandb.runs import RunSummary
 
 if TYPE_CHECKING:
+    from mnist_wandb.study import TrialRecord
+    from mnist_wandb.sweep import SweepProgress, WorkerState
+    from mnist_wandb.sweep_worker import Ended, Said
+    from mnist_wandb.sweepfile import SweepFile
     from mnist_wandb.train import Event
 
 WIDTH_WITHOUT_TERMINAL = 110
@@ -299,3 +305,135 @@ def print_rows(
     for row in rows:
         table.add_row(*row)
     console.print(table)
+
+
+# ── sweeps ───────────────────────────────────────────────────────────────────────────────────
+
+
+class SweepDisplay:
+    """A live table of the workers on a terminal, and one plain line per ended trial everywhere.
+
+    Use as a context manager; `show` takes what `run_sweep` tells.
+    """
+
+    def __init__(self, console: Console, *, quiet: bool = False) -> None:
+        self.console, self.quiet = console, quiet
+        self.is_live = console.is_terminal and not quiet
+        self.next_refresh = 0.0
+        self.live = Live(console=console, auto_refresh=False, transient=True)
+
+    def __enter__(self) -> SweepDisplay:
+        if self.is_live:
+            self.live.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self.is_live:
+            self.live.stop()
+
+    def show(self, progress: SweepProgress, news: Ended | Said | None) -> None:
+        """Show the state of things, and a trial's end or a warning."""
+        if self.quiet:
+            return
+        match type(news).__name__:
+            case "Ended":
+                self.console.print(self._ended(progress, news))
+            case "Said":
+                self.console.print(f"warning: {news.text}")  # type: ignore[union-attr]
+        now = time.monotonic()
+        if self.is_live and now >= self.next_refresh:
+            self.next_refresh = now + 1 / REFRESHES_PER_SECOND
+            self.live.update(_workers_table(progress), refresh=True)
+
+    def _ended(self, progress: SweepProgress, ended: Any) -> str:
+        ended_text = {"waiting": "put back", "stopped": "stopped early"}.get(
+            ended.state, ended.state
+        )
+        record = next((r for r in progress.records if r.number == ended.number), None)
+        words = [f"trial {ended.number}", ended_text]
+        if ended.value is not None:
+            words.append(f"{ended.value:.4f}")
+        words.append(f"{ended.seconds:.1f} s")
+        if record is not None:
+            words.append(describe_parameters(record.parameters))
+        if ended.error:
+            words.append(ended.error.splitlines()[0])
+        return "  ".join(words)
+
+
+def _workers_table(progress: SweepProgress) -> Group:
+    sweep, records = progress.sweep, progress.records
+    counts = count_states(records)
+    size = "∞" if sweep.num_points is None else str(sweep.num_points)
+    parts = [f"{sweep.name}: {counts['finished'] + counts['stopped'] + counts['failed']}/{size}"]
+    parts += [f"{counts[s]} {s}" for s in ("finished", "stopped", "failed") if counts[s]]
+    if progress.seconds_left is not None:
+        parts.append(f"about {describe_seconds(progress.seconds_left)} left")
+    table = Table("worker", "device", "trial", "epoch", "metric", "parameters")
+    for worker in sorted(progress.workers, key=lambda worker: worker.index):
+        table.add_row(*_worker_row(worker))
+    return Group("  ".join(parts), table)
+
+
+def _worker_row(worker: WorkerState) -> tuple[str, ...]:
+    trial, progress = worker.trial, worker.progress
+    return (
+        str(worker.index),
+        worker.device or "starting",
+        "" if trial is None else str(trial.number),
+        "" if progress is None else f"{progress.epoch:g}/{progress.epochs:g}",
+        "" if progress is None or progress.value is None else f"{progress.value:.4f}",
+        "" if trial is None else describe_parameters(trial.parameters),
+    )
+
+
+def count_states(records: Sequence[TrialRecord]) -> dict[str, int]:
+    """How many trials are in each state."""
+    states = ("waiting", "running", "finished", "stopped", "failed")
+    return {state: sum(record.state == state for record in records) for state in states}
+
+
+def describe_seconds(seconds: float) -> str:
+    """A duration for people: 40 s, 12 min, 3.4 h."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def describe_parameters(parameters: Mapping[str, Any], prefix: str = "") -> str:
+    """Nested parameters on one line: `optimizer.lr=0.003 seed=1`."""
+    words = []
+    for key, value in parameters.items():
+        if isinstance(value, Mapping):
+            words.append(describe_parameters(value, f"{prefix}{key}."))
+        else:
+            text = f"{value:.4g}" if isinstance(value, float) else value
+            text = text if isinstance(text, str) else json.dumps(text)
+            words.append(f"{prefix}{key}={text}")
+    return " ".join(words)
+
+
+def print_sweep(
+    console: Console, sweep: SweepFile, best: Sequence[TrialRecord], records: Sequence[TrialRecord]
+) -> None:
+    """Print how far a sweep is, its best trials and what has failed."""
+    counts = count_states(records)
+    size = "no end" if sweep.num_points is None else f"{sweep.num_points} points"
+    states = ", ".join(f"{count} {state}" for state, count in counts.items() if count)
+    console.print(f"{sweep.name}: {sweep.method}, {size}; {states or 'nothing has been run'}")
+    metric = "best/val_accuracy" if sweep.metric is None else sweep.metric.name
+    rows = [
+        (
+            str(record.number),
+            f"{record.value:.4f}",
+            "" if record.seconds is None else f"{record.seconds:.1f}",
+            record.run_id,
+            describe_parameters(record.parameters),
+        )
+        for record in best
+    ]
+    if rows:
+        print_rows(console, ("trial", metric, "seconds", "run", "parameters"), rows, title="best")
+    for record in records:
+        if record.error is not None:
+            console.print(f"trial {record.number} failed: {record.error.splitlines()[0]}")

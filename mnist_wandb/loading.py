@@ -109,9 +109,24 @@ def resolve_config(
     sweep_parameters: Path | None = None,
 ) -> ResolvedConfig:
     """Like `load_config`, and say where each value comes from."""
-    command_line = parse_overrides(overrides)
     later = [read_sweep_parameters(sweep_parameters)] if sweep_parameters else []
-    for layer in (*later, command_line):  # a sweep may vary the preset itself
+    return resolve_layers(source, [*later, parse_overrides(overrides)])
+
+
+def resolve_layers(
+    source: str | None, later: Sequence[Layer], *, lowest: Layer | None = None
+) -> ResolvedConfig:
+    """Put a preset or file and the layers that win over it together; validate the result.
+
+    Args:
+        source: preset name or YAML file, unless a layer has `config`; default: `quickstart`.
+        later: in ascending order of precedence.
+        lowest: what even the preset or file wins over.
+
+    Raises:
+        ConfigError: with one line for each problem.
+    """
+    for layer in later:  # a sweep may vary the preset itself
         chosen = layer.values.pop("config", None)
         if chosen is not None and not isinstance(chosen, str):
             raise ConfigError(f"{layer.label}: config: expected a preset name")
@@ -119,7 +134,8 @@ def resolve_config(
     path = find_config(source or DEFAULT_PRESET)
     is_preset = path.parent == PRESETS_DIR
     preset = path.stem if is_preset else str(path)
-    layers = [read_yaml(path, path.name if is_preset else str(path)), *later, command_line]
+    layers = [read_yaml(path, path.name if is_preset else str(path)), *later]
+    layers = [lowest, *layers] if lowest else layers
     merged, owners = _merge_layers(layers)
     config = validate(merged, owners)
     return ResolvedConfig(config, preset, _origins(config, owners))

@@ -88,6 +88,11 @@ class RunFolder:
         return self.path.name.rsplit("-", 1)[-1]
 
     @property
+    def names(self) -> tuple[str, str]:
+        """What a run may be called: the folder's name, and the id."""
+        return self.path.name, self.run_id
+
+    @property
     def config_path(self) -> Path:
         """The resolved configuration, reloadable with `--config`."""
         return self.path / "config.yaml"
@@ -165,7 +170,7 @@ class RunFolder:
         runs = list_runs(root)
         if spec == "latest" and runs:
             return runs[-1]
-        matches = [run for run in runs if spec in (run.path.name, run.run_id)]
+        matches = [run for run in (*runs, *list_sweep_runs(root)) if spec in run.names]
         if len(matches) == 1:
             return matches[0]
         if matches:
@@ -335,6 +340,11 @@ def find_checkpoint(spec: str, root: Path) -> Path:
     if path.suffix == ".pt":
         raise CheckpointError(f"{path}: no such file")
     return RunFolder.find(spec, root).checkpoint_path("best")
+
+
+def list_sweep_runs(root: Path) -> list[RunFolder]:
+    """The run folders of all sweeps below `root`, oldest first of each sweep."""
+    return [RunFolder(path.parent) for path in sorted(root.glob("*/*/config.yaml"))]
 
 
 def slug(name: str) -> str:

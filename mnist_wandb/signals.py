@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import multiprocessing
 import os
 import signal
 import sys
+import threading
 from types import FrameType
 
 EXIT_INTERRUPTED = 128
 """Plus the signal's number: 130 for Ctrl-C, 143 for SIGTERM."""
+
+
+PARENT_GRACE_SECONDS = 15.0
+"""How long a child may go on to save its work when its parent has been killed."""
 
 
 class StoppedBeforeTraining(BaseException):
@@ -58,3 +64,17 @@ def exit_at_once(code: int) -> None:
         with contextlib.suppress(OSError, ValueError):
             stream.flush()
     os._exit(code)
+
+
+def exit_after_parent() -> None:
+    """End this child process soon after its parent has ended, however that went."""
+    parent = multiprocessing.parent_process()
+    if parent is None:
+        return
+
+    def watch() -> None:
+        parent.join()
+        threading.Event().wait(PARENT_GRACE_SECONDS)
+        os._exit(EXIT_INTERRUPTED + signal.SIGTERM)
+
+    threading.Thread(target=watch, daemon=True).start()

@@ -70,6 +70,11 @@ def project_name(config: RunConfig, settings: Settings) -> str:
     return config.tracking.project or settings.wandb_project or DEFAULT_PROJECT
 
 
+def close_service() -> None:
+    """End the client's own service process, after the last run."""
+    wandb.teardown()
+
+
 def silence_client() -> None:
     """Leave it to this program to say what has to be said."""
     logging.getLogger("opentelemetry").setLevel(logging.CRITICAL)

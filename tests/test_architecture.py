@@ -18,11 +18,11 @@ PACKAGE = Path(mnist_wandb.__file__).parent
 ROWS = [
     ("errors", "signals"),
     ("layers",),
-    ("config",),
-    ("loading",),
-    ("settings", "metrics", "options", "significance", "charts"),
+    ("config", "distributions", "hyperband", "sweepyaml"),
+    ("loading", "sweepfile"),
+    ("settings", "metrics", "options", "agent", "sweepschema", "significance", "charts"),
     ("runs",),
-    ("records", "background"),
+    ("records", "background", "study"),
     ("compare",),
     ("device", "augment", "pictures", "idx", "models", "optim", "tracking", "drawing"),
     ("folders", "jobs"),
@@ -32,9 +32,10 @@ ROWS = [
     ("evaluate", "onnx_export", "report"),
     ("train",),
     ("experiment", "explore", "checks"),
-    ("sync",),
+    ("sync", "sweep_worker"),
+    ("sweep",),
     ("display",),
-    ("commands_compare", "commands_lab"),
+    ("commands_compare", "commands_lab", "commands_sweep"),
     ("cli",),
 ]
 """A module imports from earlier rows only, never sideways."""
@@ -44,7 +45,13 @@ LIGHT = (
     "signals",
     "layers",
     "config",
+    "distributions",
+    "hyperband",
+    "sweepyaml",
     "loading",
+    "sweepfile",
+    "agent",
+    "sweepschema",
     "settings",
     "metrics",
     "runs",
@@ -54,17 +61,21 @@ LIGHT = (
     "compare",
     "commands_compare",
     "commands_lab",
+    "commands_sweep",
     "cli",
 )
 """Imported without torch and wandb, so that help and configuration errors come at once."""
 HOMES = {
     "wandb": {"tracking", "remote"},
-    "typer": {"cli", "commands_compare", "commands_lab", "options"},
+    "typer": {"cli", "commands_compare", "commands_lab", "commands_sweep", "options"},
     "rich": {"cli", "display"},
     "jinja2": {"report"},
     "vl_convert": {"report"},
     "onnx": {"onnx_export"},
     "onnxruntime": {"onnx_export"},
+    "optuna": {"study"},
+    "sqlalchemy": {"study"},
+    "multiprocessing": {"signals", "sweep", "sweep_worker", "folders"},
 }
 """Packages that stay in one room."""
 UNUSED = {"matplotlib", "sklearn", "pandas", "scipy"}
