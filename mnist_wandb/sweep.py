@@ -298,6 +298,8 @@ class _Crew:
         deadline = time.monotonic() + STOP_SECONDS
         for worker in self.workers:
             self.tell(worker, Stop())
+            if not worker.is_ready:  # it has nothing to save
+                worker.process.kill()
         for worker in self.workers:
             while worker.process.is_alive() and time.monotonic() < deadline:
                 self.listen(worker)
@@ -348,7 +350,7 @@ class _Crew:
         worker.is_ready, self.broken_starts = True, 0
         if not self.plan:
             self.plan = plan_workers(self.options, devices, self.most_useful())
-            for _ in self.plan[len(self.workers) :]:
+            for _ in self.plan[len(self.workers) :] if not self.reason else ():
                 self.start_worker()
         worker.device, num_threads = self.plan[worker.index % len(self.plan)]
         self.tell(worker, Begin(worker.device, num_threads))

@@ -137,7 +137,7 @@ def test_light_modules_import_neither_torch_nor_wandb() -> None:
 import importlib, sys
 for module in {("", *(f".{name}" for name in LIGHT))}:
     importlib.import_module("mnist_wandb" + module)
-    heavy = {{"torch", "torchvision", "wandb"}} & set(sys.modules)
+    heavy = {{"torch", "torchvision", "wandb", "optuna", "sqlalchemy"}} & set(sys.modules)
     if heavy:
         sys.exit(f"mnist_wandb{{module}} imports {{heavy}}")
 """
