@@ -15,7 +15,6 @@ from mnist_wandb.errors import ConfigError, DatasetError
 from mnist_wandb.idx import Array, read_idx
 from mnist_wandb.sources import (
     DATASETS,
-    data_folder,
     describe_source,
     is_present,
     read_source,
@@ -137,10 +136,7 @@ def load_dataset(
         DatasetError: files are missing and cannot be fetched, or are damaged.
         ConfigError: the sizes asked for do not fit the data.
     """
-    folder = data_folder(config, data_dir)
-    if not download and not is_present(DATASETS[config.dataset], folder):
-        raise DatasetError(f"{config.dataset} is not in {folder}; nothing is downloaded for this")
-    source = read_source(config, data_dir)
+    source = read_source(config, data_dir, download=download)
     rng = np.random.default_rng(config.split_seed)
     num_classes = len(source.class_names)
     train = np.arange(len(source.train_labels))

@@ -68,18 +68,21 @@ class SourceFacts:
     image_shape: tuple[int, int, int]
 
 
-def read_source(config: DataConfig, data_dir: Path) -> Source:
+def read_source(config: DataConfig, data_dir: Path, *, download: bool = True) -> Source:
     """Read a whole data set, downloading it when it is missing.
 
     Args:
         config: the `data` section; its `dir` wins over `data_dir`.
         data_dir: data folder.
+        download: fetch what is missing; else that is an error.
 
     Raises:
         DatasetError: files are missing and cannot be fetched, or are damaged.
     """
-    row = DATASETS[config.dataset]
-    return row.read(row, config, data_folder(config, data_dir))
+    row, folder = DATASETS[config.dataset], data_folder(config, data_dir)
+    if not download and not is_present(row, folder):
+        raise DatasetError(f"{config.dataset} is not in {folder}; nothing is downloaded for this")
+    return row.read(row, config, folder)
 
 
 def describe_source(config: DataConfig, data_dir: Path) -> SourceFacts:
