@@ -153,17 +153,7 @@ def load_dataset(
             images, labels, agrees = source.train_images, source.train_labels, source.train_agrees
         else:
             images, labels, agrees = source.test_images, source.test_labels, source.test_agrees
-        absent = num_classes - len(np.unique(labels))
-        if absent:
-            raise DatasetError(
-                f"{config.dataset}: {absent} classes have no images in the {split} files"
-            )
-        missing = num_classes - len(np.unique(labels[chosen]))
-        if missing:
-            raise ConfigError(
-                f"data.val_fraction: {config.val_fraction} leaves {missing} of {num_classes}"
-                f" classes without {name} images; choose another value"
-            )
+        _check_classes(config, name, split, labels, chosen, num_classes)
         if len(chosen) < len(labels):
             images, labels = images[chosen], labels[chosen]
         agreeing = None if agrees is None else torch.from_numpy(agrees[chosen])
@@ -178,6 +168,23 @@ def load_dataset(
     mean, std = _pixel_statistics(splits[0].images)
     fingerprint = hashlib.sha256("".join(s.fingerprint for s in splits).encode()).hexdigest()
     return Splits(*splits, mean=mean, std=std, fingerprint=fingerprint)
+
+
+def _check_classes(
+    config: DataConfig, name: str, split: str, labels: Array, chosen: Array, num_classes: int
+) -> None:
+    """Refuse splits without images of some class."""
+    absent = num_classes - len(np.unique(labels))
+    if absent:
+        raise DatasetError(
+            f"{config.dataset}: {absent} classes have no images in the {split} files"
+        )
+    missing = num_classes - len(np.unique(labels[chosen]))
+    if missing:
+        raise ConfigError(
+            f"data.val_fraction: {config.val_fraction} leaves {missing} of {num_classes}"
+            f" classes without {name} images; choose another value"
+        )
 
 
 def train_count(config: DataConfig, data_dir: Path = Path("data")) -> int:

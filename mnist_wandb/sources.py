@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from mnist_wandb.config import IMAGE_SIZE, DataConfig, ShortcutConfig
-from mnist_wandb.errors import ConfigError
+from mnist_wandb.errors import ConfigError, DatasetError
 from mnist_wandb.folders import is_image_folder, list_image_folder, read_images
 from mnist_wandb.idx import MNIST_FILES, Array, FileNames, has_idx_files, read_idx_files
 
