@@ -21,6 +21,7 @@ README = (ROOT / "README.md").read_text()
 ELSEWHERE = {
     "pip install uv && uv run mnist-wandb run",  # test_run_without_arguments_learns…; .ci/run
     "pip install uv && uv run pytest",  # .ci/run
+    "mnist-wandb sync latest",  # needs a server: tests/test_online.py
 }
 
 
