@@ -327,7 +327,7 @@ class _Session:
         try:
             return is_stopped(self.wandb.path, sweep_id, self.settings)
         except MnistWandbError as error:
-            log.warning("%s", error)
+            log.warning("whether the sweep has stopped this run is not known (%s)", error)
             return False
 
     @property

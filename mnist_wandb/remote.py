@@ -130,10 +130,10 @@ def is_stopped(path: str, sweep_id: str, settings: Settings) -> bool:
     names = {"entity": entity, "project": project, "run": run_id, "sweep": sweep_id}
     with _talking(settings, STOP_TIMEOUT_SECONDS) as api:
         # The public classes do not show these fields, which the client's own agent reads.
-        found = api._service_api.execute_graphql(STOP_QUERY, variables=names)["project"]
-        run, sweep = found["run"] or {}, found["sweep"] or {}
+        found = api._service_api.execute_graphql(STOP_QUERY, variables=names)["project"] or {}
+        run, sweep = found.get("run") or {}, found.get("sweep") or {}
         stopped = run.get("stopped") or run.get("shouldStop")
-        return bool(stopped or sweep.get("state") in ("CANCELED", "CANCELLED"))
+        return bool(stopped or sweep.get("state") == "CANCELED")
 
 
 def upload_record(record: Path, path: str) -> str:
