@@ -174,6 +174,8 @@ def _train(
         typer.echo(outcome.summary.to_json())
     else:
         print_summary(make_console(), outcome.summary, outcome.test)
+    if outcome.stopped_by_sweep:
+        return EXIT_DONE  # an agent would count anything else as a failure, and give up after three
     if outcome.summary.status == "interrupted":
         return EXIT_INTERRUPTED + (stop.received or signal.SIGTERM)
     return EXIT_DONE

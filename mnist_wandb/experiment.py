@@ -24,7 +24,7 @@ from mnist_wandb.errors import DivergedError, MnistWandbError, RunError
 from mnist_wandb.evaluate import evaluate
 from mnist_wandb.metrics import EvalResult
 from mnist_wandb.models import build_model, count_parameters
-from mnist_wandb.remote import check_upload
+from mnist_wandb.remote import check_upload, is_stopped
 from mnist_wandb.runs import Recorder, RunFolder, RunSummary
 from mnist_wandb.settings import Settings
 from mnist_wandb.tracking import project_name, start_wandb
@@ -48,10 +48,17 @@ EXIT_CODES = {"finished": 0, "early_stopped": 0, "interrupted": 143, "diverged":
 
 @dataclass(frozen=True)
 class RunOutcome:
-    """What a run leaves for the caller: the summary, and the test result where there is one."""
+    """What a run leaves for the caller.
+
+    Attributes:
+        summary: as in `summary.json`.
+        test: the test result where there is one.
+        stopped_by_sweep: whether it was interrupted because its W&B sweep has stopped it.
+    """
 
     summary: RunSummary
     test: EvalResult | None = None
+    stopped_by_sweep: bool = False
 
 
 def run_experiment(
@@ -75,7 +82,8 @@ def run_experiment(
         command: command line, for the record.
         emit: gets each event of training, after it has been recorded.
         should_stop: asked after each step; true ends the run as `interrupted`.
-        is_preempted: asked about an interrupted sweep run: true gives it back to the sweep.
+        is_preempted: asked about an interrupted sweep run which the sweep itself has not stopped:
+            true gives it back to the sweep.
 
     Returns:
         The summary, as in `summary.json`, and the test scores where the run got that far.
@@ -127,6 +135,7 @@ class _Session:
         self.step, self.epoch = 0, 0.0
         self.training_seconds, self.images_used = 0.0, 0
         self.earlier_seconds = 0.0
+        self.stopped_by_sweep = False
         self.wandb, self.wandb_facts = start_wandb(config, settings, folder)
 
     def begin(self, checkpoint: Checkpoint | None) -> None:
@@ -191,7 +200,8 @@ class _Session:
         except Exception as error:
             self.fail("failed", error, f"{type(error).__name__}: {error}")
             raise
-        return RunOutcome(self.end(result.status), test)
+        summary = self.end(result.status)
+        return RunOutcome(summary, test, self.stopped_by_sweep)
 
     def fail(self, status: str, error: Exception, text: str) -> None:
         """End the run because of an error, which takes the summary along."""
@@ -296,9 +306,10 @@ class _Session:
             return
         totals = {key: getattr(summary, key) for key in SUMMARY_TOTALS}
         try:
-            preempting = bool(
-                status == "interrupted" and self.settings.sweep_id and self.is_preempted()
-            )
+            preempting = False
+            if status == "interrupted" and self.settings.sweep_id:
+                self.stopped_by_sweep = self.ask_sweep(self.settings.sweep_id)
+                preempting = not self.stopped_by_sweep and self.is_preempted()
             self.wandb.finish(EXIT_CODES[status], totals, preempting=preempting)
             if self.wandb_facts["mode"] == "online":
                 rows = self.folder.read_metrics()
@@ -308,6 +319,16 @@ class _Session:
                 "W&B: not everything has arrived (%s); upload it with `mnist-wandb sync %s`",
                 " ".join(str(reason).split())[:200], self.folder.path,
             )  # fmt: skip
+
+    def ask_sweep(self, sweep_id: str) -> bool:
+        """Whether the run's sweep has stopped it; without an answer it has not."""
+        if self.wandb is None or self.wandb_facts["mode"] != "online":
+            return False
+        try:
+            return is_stopped(self.wandb.path, sweep_id, self.settings)
+        except MnistWandbError as error:
+            log.warning("whether the sweep has stopped this run is not known (%s)", error)
+            return False
 
     @property
     def total_seconds(self) -> float:

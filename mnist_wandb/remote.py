@@ -30,6 +30,16 @@ from mnist_wandb.tracking import (
 API_TIMEOUT_SECONDS = 20
 CHECKS = 4
 """Times, a second apart, to look whether an upload has arrived: the server takes it in later."""
+STOP_TIMEOUT_SECONDS = 5
+"""Longest wait for whether the server stops a run: its machine may be about to go."""
+STOP_QUERY = """
+query RunStopped($entity: String, $project: String, $run: String!, $sweep: String!) {
+    project(name: $project, entityName: $entity) {
+        run(name: $run) { stopped shouldStop }
+        sweep(sweepName: $sweep) { state }
+    }
+}
+"""
 SHORT_RUN_SECONDS = 60.0
 """Longest wait for the server at the end of a run that only uses a model."""
 
@@ -102,6 +112,30 @@ def check_upload(path: str, num_rows: int, settings: Settings) -> None:
     raise TrackingError(f"the server has {found} of {num_rows} rows")
 
 
+def is_stopped(path: str, sweep_id: str, settings: Settings) -> bool:
+    """Ask the server whether it wants a sweep's run to end.
+
+    That is the stop button, early termination by hyperband, and the end of the whole sweep. The
+    agent passes it on as SIGTERM, which is also what comes when a machine is preempted.
+
+    Args:
+        path: `entity/project/id` of the run.
+        sweep_id: of its sweep.
+        settings: the surroundings.
+
+    Raises:
+        TrackingError: no answer, or a refusal.
+    """
+    entity, project, run_id = path.split("/")
+    names = {"entity": entity, "project": project, "run": run_id, "sweep": sweep_id}
+    with _talking(settings, STOP_TIMEOUT_SECONDS) as api:
+        # The public classes do not show these fields, which the client's own agent reads.
+        found = api._service_api.execute_graphql(STOP_QUERY, variables=names)["project"] or {}
+        run, sweep = found.get("run") or {}, found.get("sweep") or {}
+        stopped = run.get("stopped") or run.get("shouldStop")
+        return bool(stopped or sweep.get("state") == "CANCELED")
+
+
 def upload_record(record: Path, path: str) -> str:
     """Upload a folder of the client's record; what the server has of it is written again.
 
@@ -122,14 +156,14 @@ def upload_record(record: Path, path: str) -> str:
 
 
 @contextmanager
-def _talking(settings: Settings) -> Iterator[Any]:
+def _talking(settings: Settings, timeout: int = API_TIMEOUT_SECONDS) -> Iterator[Any]:
     """The client's public API; every failure becomes a TrackingError."""
     if settings.api_key_source is None:  # the client would ask for one
         raise ConfigError("W&B: no API key found; log in with `wandb login` or set WANDB_API_KEY")
     try:
         probe_server(settings.wandb_base_url)
         silence_client()
-        yield wandb.Api(timeout=API_TIMEOUT_SECONDS)
+        yield wandb.Api(timeout=timeout)
     except MnistWandbError:
         raise
     except Exception as error:  # the client raises many kinds

@@ -29,11 +29,13 @@ class StoppedBeforeTraining(BaseException):
 class StopSignals:
     """Turns Ctrl-C and SIGTERM into a wish to stop; a second Ctrl-C stops at once.
 
-    Before training has begun, either ends the program at once.
+    Before training has begun, either ends the program at once. (A run that is stopped in the W&B
+    app gets SIGTERM from its agent and SIGINT from the client: that is one wish.)
     """
 
     def __init__(self) -> None:
         self.received: int | None = None
+        self.interrupts = 0
         self.training = False
 
     def is_asked_for(self) -> bool:
@@ -50,7 +52,8 @@ class StopSignals:
     def _handle(self, number: int, _frame: FrameType | None) -> None:
         if not self.training:
             raise StoppedBeforeTraining(number)
-        if self.received is not None and number == signal.SIGINT:
+        self.interrupts += number == signal.SIGINT
+        if self.interrupts > 1:
             os._exit(EXIT_INTERRUPTED + number)  # the last checkpoint is on the disk
         if self.received is None:
             self.received = number

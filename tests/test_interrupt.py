@@ -123,6 +123,18 @@ def test_a_second_ctrl_c_stops_at_once(terminal: Terminal) -> None:
     assert not (run / "summary.json").exists()  # it did not wait for the step, nor finish
 
 
+def test_a_single_ctrl_c_after_sigterm_waits_for_the_checkpoint() -> None:
+    # W&B's stop button: SIGTERM from the agent, then SIGINT from the client.
+    process = start(*ENDLESS, "tracking.mode=disabled")
+    run = wait_for_step(100)
+    process.send_signal(signal.SIGTERM)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode in (130, 143), err  # two signals at a time come in any order
+    assert json.loads((run / "summary.json").read_text())["status"] == "interrupted"
+    assert (run / "checkpoints" / "last.pt").is_file()
+
+
 def test_ctrl_c_in_a_terminal_saves_and_says_how_to_go_on(terminal: Terminal) -> None:
     child = terminal("run", *ENDLESS, "tracking.mode=offline")
     child.expect("epoch 2/5000 ")  # read on, else the terminal's buffer fills and the run waits
