@@ -9,7 +9,7 @@ def main() -> None:
 
     code = run(sys.argv[1:])
     background = sys.modules.get("mnist_wandb.background")  # imported only where it was needed
-    if background is not None and background.has_given_up():
+    if background is not None and background.is_client_busy():
         from mnist_wandb.signals import exit_at_once
 
         exit_at_once(code)

@@ -39,8 +39,9 @@ class Background:
         """
         self.calls.put(None)
         self.thread.join(timeout + FINISH_GRACE_SECONDS)
-        if self.thread.is_alive() or isinstance(self.error, TimeoutError):
-            give_up()
+        if self.thread.is_alive():
+            note_client_is_busy()
+        if is_client_busy():
             raise TrackingError(f"the server did not take everything within {timeout:g} s")
         if self.error is not None:
             raise TrackingError(" ".join(str(self.error).split())[:300])
@@ -50,18 +51,20 @@ class Background:
             try:
                 call()
             except Exception as error:  # whatever the client raises; told at the end
-                self.error = error
+                self.error = self.error or error
+                if isinstance(error, TimeoutError):
+                    note_client_is_busy()
 
 
-_has_given_up = False
+_client_is_busy = False
 
 
-def give_up() -> None:
+def note_client_is_busy() -> None:
     """Note that the client is still busy: its exit hooks must not run."""
-    global _has_given_up  # noqa: PLW0603 - so is the client and its exit hooks
-    _has_given_up = True
+    global _client_is_busy  # noqa: PLW0603 - so is the client and its exit hooks
+    _client_is_busy = True
 
 
-def has_given_up() -> bool:
+def is_client_busy() -> bool:
     """Whether a server did not answer in time; the client's own exit hooks would wait on for it."""
-    return _has_given_up
+    return _client_is_busy

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mnist_wandb import __version__, commands_compare, commands_lab
+from mnist_wandb.background import note_client_is_busy
 from mnist_wandb.commands_sweep import sweep_app
 from mnist_wandb.config import RunConfig
 from mnist_wandb.errors import ConfigError, DivergedError, MnistWandbError
@@ -133,7 +134,9 @@ def _find_requeued(config: RunConfig, settings: Settings) -> RunFolder | None:
     """The folder of a sweep run that was interrupted and is now handed out again."""
     from mnist_wandb.runs import RunFolder
 
-    folder = RunFolder.with_id(settings.wandb_run_id or "", settings.runs_dir)
+    if settings.wandb_run_id is None:
+        return None
+    folder = RunFolder.with_id(settings.wandb_run_id, settings.runs_dir)
     if folder is not None and folder.read_config() != config:
         raise ConfigError(
             f"WANDB_RUN_ID: {settings.wandb_run_id} is the run {folder.path}, which has another"
@@ -247,9 +250,11 @@ def sync(
 ) -> int:
     """Upload runs to W&B, however they were recorded; what is there already stays as it is."""
     settings = load_settings()
-    from mnist_wandb.runs import RunFolder
+    from mnist_wandb.runs import find_runs
 
-    folders = [RunFolder.find(run, settings.runs_dir) for run in runs]
+    folders = [folder for run in runs for folder in find_runs(run, settings.runs_dir)]
+    if not folders:
+        raise ConfigError(f"sync: no runs in {', '.join(runs)}")
     from mnist_wandb.display import make_console, show_log_lines
     from mnist_wandb.sync import sync_run
 
@@ -514,6 +519,7 @@ def main(arguments: Sequence[str]) -> int:
     except (typer.Abort, KeyboardInterrupt):
         return _fail("stopped", EXIT_INTERRUPTED + signal.SIGINT)
     except StoppedBeforeTraining as stop:
+        note_client_is_busy()  # maybe with a server that does not answer; nothing is to be saved
         return _fail("stopped before training began", EXIT_INTERRUPTED + stop.number)
     except (BrokenPipeError, SystemExit) as stop:
         # `mnist-wandb show | head`; click and rich turn the closed pipe into an exit.

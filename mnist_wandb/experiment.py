@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import logging
 import platform
@@ -10,21 +11,22 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy.typing as npt
 import torch
 
 from mnist_wandb.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from mnist_wandb.config import RunConfig
 from mnist_wandb.data import Preprocessing, Splits, load_dataset
 from mnist_wandb.device import Plan, choose_plan, deterministic_mode
-from mnist_wandb.errors import DivergedError, MnistWandbError, RunError
+from mnist_wandb.errors import DivergedError, MnistWandbError, RunError, TrackingError
 from mnist_wandb.evaluate import evaluate
 from mnist_wandb.metrics import EvalResult
 from mnist_wandb.models import build_model, count_parameters
-from mnist_wandb.remote import check_upload, is_stopped
+from mnist_wandb.remote import is_stopped, wait_for_upload
 from mnist_wandb.runs import Recorder, RunFolder, RunSummary
 from mnist_wandb.settings import Settings
 from mnist_wandb.tracking import project_name, start_wandb
@@ -43,6 +45,8 @@ DATA_FACTS = (
 )  # fmt: skip
 """What identifies the data in environment.json and in the data-set artifact."""
 
+ABANDON_SECONDS = 1.0
+"""Longest wait for the W&B server where a run was stopped before its first step."""
 EXIT_CODES = {"finished": 0, "early_stopped": 0, "interrupted": 143, "diverged": 1, "failed": 1}
 
 
@@ -111,7 +115,6 @@ def run_experiment(
         session = _Session(config, settings, folder, plan, splits, preset, started)
         session.num_parameters = count_parameters(model)
         session.is_preempted = is_preempted
-        session.begin(checkpoint)
         return session.run(model, checkpoint, emit, should_stop)
 
 
@@ -136,6 +139,7 @@ class _Session:
         self.training_seconds, self.images_used = 0.0, 0
         self.earlier_seconds = 0.0
         self.stopped_by_sweep = False
+        self.recorder = Recorder(folder)
         self.wandb, self.wandb_facts = start_wandb(config, settings, folder)
 
     def begin(self, checkpoint: Checkpoint | None) -> None:
@@ -151,10 +155,13 @@ class _Session:
         self.folder.summary_path.unlink(missing_ok=True)
         self.recorder = Recorder(self.folder, [self.wandb] if self.wandb else [])
         arrays = {}
-        if self.config.tracking.log_dataset and self.wandb is not None:
-            for split in (self.splits.train, self.splits.val, self.splits.test):
-                arrays[f"{split.name}_images"] = split.images[:, 0].cpu().numpy()
-                arrays[f"{split.name}_labels"] = split.labels.cpu().numpy()
+        if self.wandb is not None:
+            entity, project, _ = self.wandb.path.split("/")  # a sweep or the server decides
+            if self.wandb_facts["mode"] == "online":
+                facts = {"wandb_entity": entity, "wandb_project": project}
+                self.folder.write_environment({**self.folder.read_environment(), **facts})
+            if self.config.tracking.log_dataset:
+                arrays = collect_arrays(self.splits)
         self.recorder.forward(
             "use_dataset", self.config.data.dataset, describe_splits(self.splits), arrays
         )
@@ -173,6 +180,7 @@ class _Session:
             emit(event)
 
         try:
+            self.begin(resume)
             if self.config.tracking.watch:
                 self.recorder.forward("watch", model)
             result = train(
@@ -200,8 +208,19 @@ class _Session:
         except Exception as error:
             self.fail("failed", error, f"{type(error).__name__}: {error}")
             raise
+        except BaseException:  # stopped, by a signal before the first step or Ctrl-C in Python
+            self.abandon()
+            raise
         summary = self.end(result.status)
         return RunOutcome(summary, test, self.stopped_by_sweep)
+
+    def abandon(self) -> None:
+        """End at once: with a summary where something is recorded, else without a trace here."""
+        if self.recorder.final:
+            self.end("interrupted")
+        elif self.wandb is not None:
+            with contextlib.suppress(TrackingError):
+                self.wandb.finish(EXIT_CODES["interrupted"], {}, timeout=ABANDON_SECONDS)
 
     def fail(self, status: str, error: Exception, text: str) -> None:
         """End the run because of an error, which takes the summary along."""
@@ -312,8 +331,13 @@ class _Session:
                 preempting = not self.stopped_by_sweep and self.is_preempted()
             self.wandb.finish(EXIT_CODES[status], totals, preempting=preempting)
             if self.wandb_facts["mode"] == "online":
-                rows = self.folder.read_metrics()
-                check_upload(self.wandb.path, len(rows), self.settings)
+                wait_for_upload(
+                    self.wandb.path,
+                    self.settings,
+                    self.folder.read_metrics(),
+                    asdict(summary),
+                    log_model=self.config.tracking.log_model is not None,
+                )
         except Exception as reason:  # whatever the client does: the run is done and recorded
             log.warning(
                 "W&B: not everything has arrived (%s); upload it with `mnist-wandb sync %s`",
@@ -434,6 +458,15 @@ def model_metadata(
         "class_names": facts["class_names"],
         "num_parameters": num_parameters,
     }
+
+
+def collect_arrays(splits: Splits) -> dict[str, npt.NDArray[Any]]:
+    """Images uint8 (N, H, W) and labels int64 (N,): `train_images`, `train_labels` and so on."""
+    arrays = {}
+    for split in (splits.train, splits.val, splits.test):
+        arrays[f"{split.name}_images"] = split.images[:, 0].cpu().numpy()
+        arrays[f"{split.name}_labels"] = split.labels.cpu().numpy()
+    return arrays
 
 
 def describe_splits(splits: Splits) -> dict[str, Any]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
+import logging
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,9 +17,10 @@ from typing import Any
 import wandb
 from wandb.apis.public.runs import RunNotFoundError
 
+from mnist_wandb.background import note_client_is_busy
 from mnist_wandb.config import RunConfig
 from mnist_wandb.errors import ConfigError, MnistWandbError, TrackingError
-from mnist_wandb.runs import RunFolder
+from mnist_wandb.runs import Row, RunFolder
 from mnist_wandb.settings import Settings, keep_wandb_files_in
 from mnist_wandb.tracking import (
     MODEL_FILE,
@@ -26,6 +29,8 @@ from mnist_wandb.tracking import (
     project_name,
     silence_client,
 )
+
+log = logging.getLogger(__name__)
 
 API_TIMEOUT_SECONDS = 20
 CHECKS = 4
@@ -40,6 +45,10 @@ query RunStopped($entity: String, $project: String, $run: String!, $sweep: Strin
     }
 }
 """
+UPLOAD_SECONDS = 600.0
+"""Longest wait for the server in `sync`; nobody's training waits there."""
+TIMED = ("train/images_per_second",)
+"""Values that differ each time a row is made."""
 SHORT_RUN_SECONDS = 60.0
 """Longest wait for the server at the end of a run that only uses a model."""
 
@@ -53,14 +62,43 @@ class RemoteRun:
         state: running, finished, failed, crashed, …
         num_rows: rows of its history.
         summary: final values by name.
-        has_model: whether it has logged a model artifact; None where that was not asked for.
+        models: aliases of the model artifacts that it has logged.
+        has_data: whether it uses a data-set artifact.
     """
 
     url: str
     state: str
     num_rows: int
     summary: Mapping[str, Any]
-    has_model: bool | None = None
+    models: frozenset[str]
+    has_data: bool
+
+    def is_complete(
+        self, rows: Sequence[Row], summary: Mapping[str, Any] | None, *, log_model: bool
+    ) -> bool:
+        """Whether the server has all that a run folder has.
+
+        Args:
+            rows: of the run's metrics.
+            summary: the run's summary; None where it was killed.
+            log_model: whether the model belongs there.
+        """
+        final: dict[str, float] = {}
+        for row in rows:
+            final.update(row)
+        if self.num_rows < len(rows) or not self.has_data:
+            return False
+        if any(self.summary.get(k) != v for k, v in final.items() if k not in TIMED):
+            return False
+        if summary is None:
+            return True
+        scored = "test/loss" in final
+        return (
+            self.summary.get("status") == summary["status"]
+            and self.state != "running"
+            and (not scored or "test/per_class" in self.summary)
+            and (not scored or not log_model or "best" in self.models)
+        )
 
 
 def run_path(config: RunConfig, settings: Settings, folder: RunFolder) -> str:
@@ -77,7 +115,7 @@ def run_path(config: RunConfig, settings: Settings, folder: RunFolder) -> str:
         return f"{entity or api.default_entity}/{project}/{folder.run_id}"
 
 
-def read_remote(path: str, settings: Settings, *, with_model: bool = False) -> RemoteRun | None:
+def read_remote(path: str, settings: Settings) -> RemoteRun | None:
     """Ask the server what it has of a run (`entity/project/id`); None where it has nothing.
 
     Raises:
@@ -91,25 +129,37 @@ def read_remote(path: str, settings: Settings, *, with_model: bool = False) -> R
             if isinstance(error.__context__, RunNotFoundError):
                 return None
             raise
-        has_model = None
-        if with_model:  # slow: the client imports its artifacts for that
-            has_model = any(artifact.type == "model" for artifact in run.logged_artifacts())
-        return RemoteRun(run.url, run.state, num_rows, dict(run.summary_metrics), has_model)
+        models = [a.aliases for a in run.logged_artifacts() if a.type == "model"]
+        return RemoteRun(
+            url=run.url,
+            state=run.state,
+            num_rows=num_rows,
+            summary=dict(run.summary_metrics),
+            models=frozenset(itertools.chain(*models)),
+            has_data=any(artifact.type == "dataset" for artifact in run.used_artifacts()),
+        )
 
 
-def check_upload(path: str, num_rows: int, settings: Settings) -> None:
-    """Ask the server whether everything has arrived: a refusal there is no error to the client.
+def wait_for_upload(
+    path: str,
+    settings: Settings,
+    rows: Sequence[Row],
+    summary: Mapping[str, Any] | None,
+    *,
+    log_model: bool,
+) -> RemoteRun:
+    """Ask the server until everything has arrived: a refusal there is no error to the client.
 
     Raises:
-        TrackingError: the server does not answer, or lacks some of the rows.
+        TrackingError: the server does not answer, or still lacks something.
     """
     for _ in range(CHECKS):
         remote = read_remote(path, settings)
-        found = 0 if remote is None else remote.num_rows
-        if found >= num_rows:
-            return
+        if remote is not None and remote.is_complete(rows, summary, log_model=log_model):
+            return remote
         time.sleep(1)
-    raise TrackingError(f"the server has {found} of {num_rows} rows")
+    found = 0 if remote is None else remote.num_rows
+    raise TrackingError(f"the server has {found} of {len(rows)} rows, or lacks tables or artifacts")
 
 
 def is_stopped(path: str, sweep_id: str, settings: Settings) -> bool:
@@ -143,15 +193,22 @@ def upload_record(record: Path, path: str) -> str:
         What `wandb sync` said, which exits with 0 even when it has failed.
     """
     entity, project, run_id = path.split("/")
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "wandb", "sync", "--include-online", "--include-synced"),
-            *("--entity", entity, "--project", project, "--id", run_id, str(record.absolute())),
-        ],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    try:
+        done = subprocess.run(
+            [
+                *(sys.executable, "-m", "wandb", "sync", "--include-online", "--include-synced"),
+                *("--entity", entity, "--project", project, "--id", run_id, str(record.absolute())),
+            ],
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=UPLOAD_SECONDS,
+            cwd=record,  # the command leaves a log where it runs
+        )
+    except subprocess.TimeoutExpired:
+        raise TrackingError(
+            f"the server did not take everything within {UPLOAD_SECONDS:g} s; try again"
+        ) from None
     return " ".join((done.stdout + done.stderr).split())[-300:]
 
 
@@ -194,8 +251,11 @@ def use_model(name: str, settings: Settings, job_type: str) -> Iterator[UsedMode
             yield model
             done = True
         finally:
-            with _talking(settings):
+            try:
                 model.run.finish(exit_code=0 if done else 1)
+            except Exception as error:  # the result is there, whatever becomes of its record
+                note_client_is_busy()
+                log.warning("W&B: the use of %s may not have arrived (%s)", name, error)
 
 
 def _fetch_model(name: str, job_type: str, folder: Path) -> UsedModel:

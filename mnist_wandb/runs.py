@@ -323,6 +323,18 @@ def list_runs(root: Path) -> list[RunFolder]:
     return [RunFolder(path.parent) for path in sorted(root.glob("*/config.yaml"))]
 
 
+def find_runs(spec: str, root: Path) -> list[RunFolder]:
+    """The run of a path, name, id or `latest`; of any other folder the runs that are in it.
+
+    Raises:
+        RunError: there is none of that name.
+    """
+    path = Path(spec)
+    if path.is_dir() and not (path / "config.yaml").is_file():
+        return list_runs(path)  # a sweep's folder, or nothing that is recorded as a run
+    return [RunFolder.find(spec, root)]
+
+
 def find_checkpoint(spec: str, root: Path) -> Path:
     """Find a checkpoint by its path, or the best one of a run; see `RunFolder.find`.
 

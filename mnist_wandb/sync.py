@@ -6,7 +6,7 @@ import json
 import logging
 import subprocess
 import sys
-import time
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,21 +16,28 @@ import numpy as np
 from mnist_wandb.checkpoint import load_checkpoint
 from mnist_wandb.config import RunConfig
 from mnist_wandb.data import Splits, load_dataset
-from mnist_wandb.errors import MnistWandbError, TrackingError
+from mnist_wandb.errors import MnistWandbError, RunError
 from mnist_wandb.evaluate import evaluate
-from mnist_wandb.experiment import DATA_FACTS, EXIT_CODES, SUMMARY_TOTALS, model_metadata
+from mnist_wandb.experiment import (
+    DATA_FACTS,
+    EXIT_CODES,
+    SUMMARY_TOTALS,
+    collect_arrays,
+    model_metadata,
+)
 from mnist_wandb.metrics import EvalResult
-from mnist_wandb.remote import CHECKS, RemoteRun, read_remote, run_path, upload_record
+from mnist_wandb.remote import (
+    UPLOAD_SECONDS,
+    read_remote,
+    run_path,
+    upload_record,
+    wait_for_upload,
+)
 from mnist_wandb.runs import Row, RunFolder
 from mnist_wandb.settings import Settings
 from mnist_wandb.tracking import WandbSink
 
 log = logging.getLogger(__name__)
-
-UPLOAD_SECONDS = 600.0
-"""Longest wait for the server; nobody's training waits here."""
-TIMED = ("train/images_per_second",)
-"""Values that differ each time a row is made."""
 
 
 def sync_run(folder: RunFolder, settings: Settings) -> str:
@@ -51,46 +58,22 @@ def sync_run(folder: RunFolder, settings: Settings) -> str:
     lock = folder.lock()
     try:
         rows, summary = folder.read_metrics(), folder.read_summary()
+        log_model = config.tracking.log_model is not None
         path = run_path(config, settings, folder)
-        remote = read_remote(path, settings, with_model=True)
-        if remote is not None and _is_complete(remote, config, rows, summary):
+        remote = read_remote(path, settings)
+        if remote is not None and remote.is_complete(rows, summary, log_model=log_model):
             return f"{remote.url}: already there"
         record = _find_record(folder, config, rows, summary)
-        messages, how = "", "uploaded"
+        how = "uploaded"
         if record is not None and (remote is None or remote.num_rows == 0):
-            messages = upload_record(record, path)
+            log.info("%s", upload_record(record, path))
         else:  # the client would send again what is there
             replay_run(folder, config, settings)
             how = "uploaded from the run folder"
-        for _ in range(CHECKS):
-            remote = read_remote(path, settings, with_model=True)
-            if remote is not None and _is_complete(remote, config, rows, summary):
-                return f"{remote.url}: {how}"
-            time.sleep(1)
-        raise TrackingError(
-            f"{folder.path}: the server has not taken everything; try again"
-            + (f" ({messages})" if messages else "")
-        )
+        remote = wait_for_upload(path, settings, rows, summary, log_model=log_model)
+        return f"{remote.url}: {how}"
     finally:
         lock.release()
-
-
-def _is_complete(
-    remote: RemoteRun, config: RunConfig, rows: list[Row], summary: dict[str, Any] | None
-) -> bool:
-    """Whether the server has all rows, the final values, the end and the model."""
-    final: dict[str, float] = {}
-    for row in rows:
-        final.update(row)
-    same = all(remote.summary.get(k) == v for k, v in final.items() if k not in TIMED)
-    if not same or remote.num_rows < len(rows):
-        return False
-    if summary is None:
-        return True
-    ended = summary["status"] in ("finished", "early_stopped")
-    has_end = remote.summary.get("status") == summary["status"]
-    has_model = remote.has_model or config.tracking.log_model is None
-    return has_end and (not ended or (remote.state == "finished" and has_model))
 
 
 # ── the client's own record ──────────────────────────────────────────────────────────────────
@@ -101,7 +84,7 @@ def _find_record(
 ) -> Path | None:
     """The newest record of the W&B client that holds the whole run, if one does."""
     scored, logs_model = folder.predictions_path.exists(), config.tracking.log_model is not None
-    for record in sorted((folder.path / "wandb").glob("*run-*"), reverse=True):
+    for record in sorted(folder.path.glob("wandb/*run-*"), key=_time_of, reverse=True):
         found = _read_record(record)
         history = [entry["history"]["item"] for entry in found if entry["type"] == "history"]
         whole = len(history) == len(rows) and all(
@@ -117,6 +100,11 @@ def _find_record(
         if whole and ended and (not scored or (has_charts and (has_model or not logs_model))):
             return record
     return None
+
+
+def _time_of(record: Path) -> str:
+    """`20260131_235959-id` of `run-…` and `offline-run-…`."""
+    return record.name.partition("run-")[2]
 
 
 def _read_record(record: Path) -> list[dict[str, Any]]:
@@ -149,45 +137,37 @@ def replay_run(folder: RunFolder, config: RunConfig, settings: Settings) -> None
         TrackingError: the server cannot be reached, or does not take everything.
     """
     environment, summary = folder.read_environment(), folder.read_summary()
+    facts = {key: environment.get(key) for key in DATA_FACTS}
+    if None in facts.values():
+        raise RunError(f"{folder.environment_path}: does not say which data the run is from")
+    rows = folder.read_metrics()
+    final = {k: v for row in rows for k, v in row.items() if k not in ("step", "epoch")}
     splits = _load_splits(config, settings, environment)
     best = _score_best(folder, config, splits)
-    tracking = config.tracking.model_copy(
-        update={
-            "entity": environment.get("wandb_entity") or config.tracking.entity,
-            "project": environment.get("wandb_project") or config.tracking.project,
-            "upload_timeout_seconds": max(UPLOAD_SECONDS, config.tracking.upload_timeout_seconds),
-        }
-    )
-    sink = WandbSink.start(
-        config,
-        settings,
-        folder,
-        "online",
-        tracking=tracking,
-        sweep_id=environment.get("sweep_id"),
-    )
-    facts = {k: environment[k] for k in DATA_FACTS if k in environment}
-    sink.use_dataset(config.data.dataset, facts, {})
-    final: dict[str, float] = {}
-    row: Row = {}
-    for row in folder.read_metrics():
+    test = _read_predictions(folder, environment["class_names"], final)
+    timeout = max(UPLOAD_SECONDS, config.tracking.upload_timeout_seconds)
+    sweep_id = environment.get("sweep_id")
+    sink = WandbSink.start(config, settings, folder, "online", sweep_id=sweep_id)
+    arrays = collect_arrays(splits) if splits and config.tracking.log_dataset else {}
+    sink.use_dataset(config.data.dataset, facts, arrays)
+    for row in rows:
         sink.log(row)
-        final.update({k: v for k, v in row.items() if k not in ("step", "epoch")})
         if best is not None and "val/loss" in row and row["epoch"] == row["best/epoch"]:
             sink.log_confusion("val", _axes(row), best.confusion, best.class_names)
-    if folder.predictions_path.exists():
+    metadata = model_metadata(config, final, facts, int((summary or {}).get("num_parameters", 0)))
+    if config.tracking.log_model == "every_epoch":
+        for path in sorted(folder.checkpoint_path("best").parent.glob("epoch-*.pt")):
+            sink.log_model(path, [path.stem], metadata)
+    if test is not None:
         sink.open_row()
-        test = _read_predictions(folder, environment["class_names"], final)
         images = splits.test.images[:, 0].cpu().numpy() if splits else np.zeros((0, 28, 28), "u1")
         count = config.tracking.sample_predictions if splits else 0
-        sink.log_evaluation("test", _axes(row), test, images, count)
-        if config.tracking.log_model is not None:
-            parameters = int((summary or {}).get("num_parameters", 0))
-            metadata = model_metadata(config, final, facts, parameters)
+        sink.log_evaluation("test", _axes(rows[-1]), test, images, count)
+        if config.tracking.log_model is not None and folder.checkpoint_path("best").exists():
             sink.log_model(folder.checkpoint_path("best"), ["best", "latest"], metadata)
     status = str(summary["status"]) if summary else "failed"
     totals = {key: summary[key] for key in SUMMARY_TOTALS} if summary else {}
-    sink.finish(EXIT_CODES[status], totals)
+    sink.finish(EXIT_CODES[status], {**final, **totals}, timeout=timeout)
 
 
 def _axes(row: Row) -> Row:
@@ -221,13 +201,18 @@ def _score_best(folder: RunFolder, config: RunConfig, splits: Splits | None) -> 
 
 def _read_predictions(
     folder: RunFolder, class_names: Sequence[str], final: dict[str, float]
-) -> EvalResult:
+) -> EvalResult | None:
     """The test scores as they were recorded; the test split is not scored again."""
-    with np.load(folder.predictions_path) as arrays:
-        return EvalResult(
-            loss=final["test/loss"],
-            probabilities=arrays["probabilities"].astype(np.float32),
-            labels=arrays["labels"],
-            ids=arrays["ids"],
-            class_names=tuple(class_names),
-        )
+    if "test/loss" not in final:
+        return None
+    try:
+        with np.load(folder.predictions_path) as arrays:
+            return EvalResult(
+                loss=final["test/loss"],
+                probabilities=arrays["probabilities"].astype(np.float32),
+                labels=arrays["labels"],
+                ids=arrays["ids"],
+                class_names=tuple(class_names),
+            )
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        raise RunError(f"{folder.predictions_path}: cannot be read: {error}") from None

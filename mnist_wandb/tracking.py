@@ -7,6 +7,7 @@ import logging
 import os
 import re
 import socket
+import threading
 import urllib.request
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import wandb
 
-from mnist_wandb.background import Background, give_up
+from mnist_wandb.background import Background, is_client_busy, note_client_is_busy
 from mnist_wandb.config import RunConfig, TrackingConfig
 from mnist_wandb.errors import TrackingError
 from mnist_wandb.metrics import (
@@ -42,6 +43,7 @@ INIT_TIMEOUT_SECONDS = 20.0
 """How long to wait for the server at the start before going on offline."""
 PROBE_TIMEOUT_SECONDS = 5.0
 MODEL_FILE = "model.pt"
+TEARDOWN_SECONDS = 5.0
 FLUSH_SECONDS = 1.0
 """How much of the W&B record a kill may cost; the run folder loses nothing."""
 PANEL_PICTURES = 32
@@ -68,6 +70,13 @@ def probe_server(base_url: str) -> None:
 def project_name(config: RunConfig, settings: Settings) -> str:
     """The W&B project of a run."""
     return config.tracking.project or settings.wandb_project or DEFAULT_PROJECT
+
+
+def _tear_down() -> None:
+    """Let the client forget a run that never began; it may still be busy with an earlier one."""
+    thread = threading.Thread(target=wandb.teardown, daemon=True)
+    thread.start()
+    thread.join(TEARDOWN_SECONDS)
 
 
 def close_service() -> None:
@@ -144,8 +153,8 @@ class WandbSink:
             reason = " ".join(str(error).split())[:300]
             if re.search(r"error 40[13]|HTTP 40[13]|not logged in|API key", reason):
                 reason = f"{settings.wandb_base_url} refuses the API key; log in again ({reason})"
-            wandb.teardown()  # else the client holds the id for a run that never began
-            give_up()
+            _tear_down()
+            note_client_is_busy()
             raise TrackingError(
                 f"W&B could not start ({mode}): {reason};"
                 " set tracking.mode=offline to record here and upload later"
@@ -307,7 +316,12 @@ class WandbSink:
         self.background.put(lambda: self.run.alert(title=title[:64], text=text, level=level))
 
     def finish(
-        self, exit_code: int, summary: Mapping[str, Any], *, preempting: bool = False
+        self,
+        exit_code: int,
+        summary: Mapping[str, Any],
+        *,
+        preempting: bool = False,
+        timeout: float | None = None,
     ) -> None:
         """End the W&B run with its exit code and a few values of the run's summary.
 
@@ -315,6 +329,7 @@ class WandbSink:
             exit_code: 0 is a finished run, anything else a failed one.
             summary: values for the run's summary.
             preempting: whether a sweep shall give the run to another agent.
+            timeout: seconds to wait for the server; default: `tracking.upload_timeout_seconds`.
 
         Raises:
             TrackingError: the server has not taken everything within the time that is allowed.
@@ -327,7 +342,7 @@ class WandbSink:
             self.run.finish(exit_code=exit_code)
 
         self.background.put(end)
-        self.background.end(self.upload_timeout)
+        self.background.end(self.upload_timeout if timeout is None else timeout)
 
 
 def _init(
@@ -340,11 +355,12 @@ def _init(
 ) -> wandb.Run:
     keep_wandb_files_in(folder.path / "wandb")
     silence_client()
+    recorded = folder.read_environment()  # a run goes on where it has begun
     # Offline, each session's record holds the whole run, so that one upload is enough.
     may_be_there = settings.wandb_run_id is not None or folder.metrics_path.exists()
     return wandb.init(
-        project=tracking.project or project_name(config, settings),
-        entity=tracking.entity or settings.wandb_entity,
+        project=recorded.get("wandb_project") or project_name(config, settings),
+        entity=recorded.get("wandb_entity") or tracking.entity or settings.wandb_entity,
         dir=str(folder.path.absolute()),  # the client's service has another working folder
         id=folder.run_id,
         resume="allow" if mode == "online" and may_be_there else None,
@@ -355,7 +371,7 @@ def _init(
         notes=tracking.notes,
         config=config.model_dump(mode="json"),
         mode=mode,
-        reinit="finish_previous",
+        reinit="create_new" if is_client_busy() else "finish_previous",
         settings=client_settings(
             tracking.upload_timeout_seconds,
             save_code=tracking.save_code,

@@ -313,7 +313,7 @@ def test_without_the_data_the_page_says_so(open_page: Open, runs_dir: Path, tmp_
     file = tmp_path / "blank.html"
     file.write_text(make_report(runs_dir))
     page = open_page(file)
-    reason = "Pictures are left out: kmnist is not in nowhere; nothing is downloaded for a report"
+    reason = "Pictures are left out: kmnist is not in nowhere; nothing is downloaded for this"
     assert page.get_by_text(reason).count() == 1
     assert count(page, "#cards li") == 36
     assert count(page, "#cards img") == 0

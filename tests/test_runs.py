@@ -553,7 +553,7 @@ def test_a_run_without_a_checkpoint_begins_again(caplog: pytest.LogCaptureFixtur
     folder = make_run(Path("runs"))
     folder.write_config(QUICK, "quickstart")
     folder.append_metrics({"step": 1, "epoch": 0.1, "train/loss": 9.0})
-    with caplog.at_level("INFO"):
+    with caplog.at_level("INFO", logger="mnist_wandb"):
         found = run_quick(resume=folder).summary.metrics
     assert "stopped before its first checkpoint; begins again" in caplog.text
     del found["train/images_per_second"], expected["train/images_per_second"]
