@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-import shutil
+import os
 import signal
 import subprocess
 import sys
@@ -251,6 +251,36 @@ def test_a_resumed_run_goes_on_in_the_same_wandb_run_without_gap_or_double(
     assert remote.summary["status"] == "finished"
 
 
+def test_a_resumed_run_stays_in_the_project_that_it_began_in(
+    online: Callable[..., Finished], server: WandbServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_PROJECT", "elsewhere")
+    stop_midway(signal.SIGTERM, *LONG[:4])
+    monkeypatch.delenv("WANDB_PROJECT")
+    assert online("run", "--resume", "latest").code == 0
+    assert only_remote(server).project == "elsewhere"
+    assert_sync_changes_nothing(online, server)
+
+
+def test_a_signal_before_training_ends_at_once_though_the_server_is_silent(
+    online: Callable[..., Finished], server: WandbServer
+) -> None:
+    server.faults.set(hang=True)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "mnist_wandb", "run"],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stderr is not None
+    assert any(line.startswith("W&B: online") for line in process.stderr)
+    process.terminate()
+    _, err = process.communicate(timeout=15)  # the client itself would wait for a minute
+    assert process.returncode == 143
+    assert "stopped before training began" in err
+    assert list(Path("runs").iterdir()) == []
+
+
 def test_a_requeued_sweep_run_goes_on_in_its_folder(
     online: Callable[..., Finished], server: WandbServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -323,16 +353,19 @@ def test_a_wrong_key_is_refused_before_training_where_online_was_asked_for(
     assert server.runs == {}
 
 
-def undisturbed(online: Callable[..., Finished], server: WandbServer) -> Run:
-    """The same run with nothing in its way; afterwards the server is empty again."""
-    done = online("run", "--json", *TRACKED)
-    assert done.code == 0, done.err
-    remote = only_remote(server)
-    for run in Path("runs").iterdir():
-        shutil.rmtree(run)
-    for kept in (server.runs, server.artifacts):
-        kept.clear()
-    return copy.deepcopy(remote)
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """The same run with nothing in its way."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    with WandbServer() as server:
+        subprocess.run(
+            [sys.executable, "-m", "mnist_wandb", "run", "--quiet", *TRACKED],
+            cwd=folder,
+            check=True,
+            env={**os.environ, **server.env(), "OMP_NUM_THREADS": "1", "HOME": str(folder)},
+            stdout=subprocess.DEVNULL,
+        )
+        return only_remote(server)
 
 
 def comparable(remote: Run) -> dict[str, Any]:
@@ -360,9 +393,9 @@ def comparable(remote: Run) -> dict[str, Any]:
 
 
 def test_a_server_that_dies_in_training_costs_nothing_and_sync_completes_it(
-    online: Callable[..., Finished], server: WandbServer
+    online: Callable[..., Finished], server: WandbServer, undisturbed: Run
 ) -> None:
-    expected = comparable(undisturbed(online, server))
+    expected = copy.deepcopy(comparable(undisturbed))
     process = subprocess.Popen(
         [sys.executable, "-m", "mnist_wandb", "run", *TRACKED, "tracking.upload_timeout_seconds=2"],
         stdout=subprocess.DEVNULL,
@@ -446,9 +479,9 @@ def test_faults_of_the_server_lose_nothing(
 
 @pytest.mark.parametrize("record", ["offline", "disabled", "missing", "damaged", "killed"])
 def test_sync_uploads_a_run_however_it_was_recorded(
-    online: Callable[..., Finished], server: WandbServer, record: str
+    online: Callable[..., Finished], server: WandbServer, undisturbed: Run, record: str
 ) -> None:
-    expected = comparable(undisturbed(online, server))
+    expected = copy.deepcopy(comparable(undisturbed))
     mode = "disabled" if record == "disabled" else "offline"
     if record == "killed":
         run = stop_midway(signal.SIGKILL, *TRACKED, "tracking.mode=offline", step=4)
@@ -472,6 +505,40 @@ def test_sync_uploads_a_run_however_it_was_recorded(
     assert_same(comparable(only_remote(server)), expected, from_folder=rebuilt)
     assert_same_history(only_remote(server), run)
     assert_sync_changes_nothing(online, server)
+
+
+def test_refused_artifacts_are_told_and_sent_by_sync(
+    online: Callable[..., Finished], server: WandbServer
+) -> None:
+    server.faults.set(status=403, only=["CreateArtifact"])
+    done = online("run", *TRACKED, "tracking.upload_timeout_seconds=5")
+    assert done.code == 0
+    assert done.err.count("not everything has arrived") == 1
+    server.faults.clear()
+    assert online("sync", "latest").code == 0
+    assert server.artifact(f"model-my-run-{only_remote(server).id}:best").files["model.pt"]
+    assert server.artifact("data-digits").used_by == [only_remote(server).id]
+    assert_sync_changes_nothing(online, server)
+
+
+def test_sync_passes_over_what_is_no_run_and_names_what_is_damaged(
+    online: Callable[..., Finished], server: WandbServer
+) -> None:
+    for _ in range(2):
+        online("run", *TRACKED, "tracking.mode=disabled")
+    Path("runs/20200101-000000-explore-digits-00000000").mkdir()
+    damaged, whole = sorted(Path("runs").iterdir())[1:]
+    (damaged / "predictions.npz").write_bytes(b"nonsense")
+    (whole / "checkpoints" / "best.pt").unlink()
+    done = online("sync", *map(str, Path("runs").iterdir()))
+    assert done.code == 1
+    errors = [line for line in done.err.splitlines() if line.startswith("error: ")]
+    assert errors[0].startswith(f"error: {damaged}/predictions.npz: cannot be read: ")
+    assert "lacks tables or artifacts" in errors[1]  # the model is gone
+    assert_same_history(server.run(whole.name[-8:]), whole)
+    assert damaged.name[-8:] not in {run.id for run in server.runs.values()}
+    nothing = online("sync", "runs/20200101-000000-explore-digits-00000000")
+    assert (nothing.code, nothing.err.startswith("error: sync: no runs in ")) == (2, True)
 
 
 def test_sync_without_a_key_or_without_a_server_is_one_line(
