@@ -40,8 +40,9 @@ class Background:
         self.calls.put(None)
         self.thread.join(timeout + FINISH_GRACE_SECONDS)
         if self.thread.is_alive():
+            _hung.append(self)
             note_client_is_busy()
-        if is_client_busy():
+        if self.thread.is_alive() or isinstance(self.error, TimeoutError):
             raise TrackingError(f"the server did not take everything within {timeout:g} s")
         if self.error is not None:
             raise TrackingError(" ".join(str(self.error).split())[:300])
@@ -57,6 +58,12 @@ class Background:
 
 
 _client_is_busy = False
+_hung: list[Background] = []
+
+
+def has_hung_run() -> bool:
+    """Whether an earlier run of this process is still being sent."""
+    return any(background.thread.is_alive() for background in _hung)
 
 
 def note_client_is_busy() -> None:

@@ -401,10 +401,11 @@ class Recorder:
             except Exception as error:
                 if not self.has_failed:
                     reason = " ".join(str(error).split())[:200] or type(error).__name__
+                    is_run = self.folder.config_path.exists()  # nothing else can be uploaded later
+                    later = f"; upload it later with `mnist-wandb sync {self.folder.path}`"
                     log.warning(
-                        "W&B does not get everything of this run (%s); upload it later with"
-                        " `mnist-wandb sync %s`",
-                        reason, self.folder.path,
+                        "W&B does not get everything of this run (%s)%s",
+                        reason, later if is_run else "",
                     )  # fmt: skip
                 self.has_failed = True
 

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import wandb
 
-from mnist_wandb.background import Background, is_client_busy, note_client_is_busy
+from mnist_wandb.background import Background, has_hung_run, note_client_is_busy
 from mnist_wandb.config import RunConfig, TrackingConfig
 from mnist_wandb.errors import TrackingError
 from mnist_wandb.metrics import (
@@ -307,7 +307,13 @@ class WandbSink:
         self.background.put(lambda: self.run.log(charts))
 
     def watch(self, model: Any) -> None:
-        """Log histograms of the gradients of a torch module."""
+        """Log histograms of the gradients of a torch module.
+
+        Raises:
+            TrackingError: an earlier run of this process is still being sent.
+        """
+        if wandb.run is not self.run:  # where the client's hooks look for it, in each step
+            raise TrackingError("no histograms of gradients beside a run that is still being sent")
         self.run.watch(model, log="gradients", log_freq=100)
 
     def alert(self, title: str, text: str, warn: bool = False) -> None:
@@ -371,7 +377,7 @@ def _init(
         notes=tracking.notes,
         config=config.model_dump(mode="json"),
         mode=mode,
-        reinit="create_new" if is_client_busy() else "finish_previous",
+        reinit="create_new" if has_hung_run() else "finish_previous",
         settings=client_settings(
             tracking.upload_timeout_seconds,
             save_code=tracking.save_code,

@@ -205,3 +205,11 @@ def test_auto_falls_back_to_offline_when_the_server_is_away(
     assert json.loads(done.out)["wandb"]["mode"] == "offline"
     assert "W&B: online (API key in the environment or .env)" in done.err
     assert "warning: W&B: offline instead" in done.err
+
+
+def test_gradients_are_watched_though_the_server_is_away(program: Callable[..., Finished]) -> None:
+    done = program("run", "--json", "training.epochs=3", "tracking.watch=true", **NO_SERVER)
+    assert done.code == 0, done.err
+    found = records(Path(json.loads(done.out)["wandb"]["dir"]))
+    history = [record["item"] for record in of_type(found, "history")]
+    assert any(key.startswith("gradients/") for item in history for key in item)
