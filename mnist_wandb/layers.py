@@ -235,6 +235,15 @@ def parse_yaml(text: str, label: str) -> Layer:
     return Layer(label, values, marks)
 
 
+def look_up(source: str) -> tuple[Path | None, bool]:
+    """The file of a path that a user gave, or None; and whether it is a folder instead."""
+    try:
+        path = Path(source).expanduser()
+        return (path, False) if path.is_file() else (None, path.is_dir())
+    except (OSError, ValueError, RuntimeError):  # not a path at all
+        return None, False
+
+
 def read_yaml(path: Path, label: str | None = None) -> Layer:
     """Read a YAML file; see `parse_yaml`.
 

@@ -22,6 +22,7 @@ from mnist_wandb.layers import (
     KeyPath,
     Layer,
     describe_value,
+    look_up,
     merge_into,
     parse_overrides,
     read_sweep_parameters,
@@ -59,13 +60,9 @@ def find_config(source: str) -> Path:
     Raises:
         ConfigError: neither exists; names the nearest presets.
     """
-    try:
-        path = Path(source).expanduser()
-        if path.is_file():
-            return path
-        is_folder = path.is_dir()
-    except (OSError, ValueError, RuntimeError):  # not a path at all
-        is_folder = False
+    path, is_folder = look_up(source)
+    if path is not None:
+        return path
     names = preset_names()
     name = source.removesuffix(".yaml")
     if name in names:

@@ -32,7 +32,7 @@ from mnist_wandb.distributions import (
 )
 from mnist_wandb.errors import ConfigError, SweepError
 from mnist_wandb.hyperband import Hyperband
-from mnist_wandb.layers import KeyPath, Layer, describe_value, parse_yaml, set_path
+from mnist_wandb.layers import KeyPath, Layer, describe_value, look_up, parse_yaml, set_path
 from mnist_wandb.sweepyaml import Problem, reading_problems
 
 _INSTALLED = Path(__file__).parent / "sweeps"
@@ -221,13 +221,9 @@ def find_sweep(source: str) -> Path:
     Raises:
         SweepError: neither exists; names the nearest shipped ones.
     """
-    try:
-        path = Path(source).expanduser()
-        if path.is_file():
-            return path
-        is_folder = path.is_dir()
-    except (OSError, ValueError, RuntimeError):  # not a path at all
-        is_folder = False
+    path, is_folder = look_up(source)
+    if path is not None:
+        return path
     name = source.removesuffix(".yaml")
     if name in sweep_names():
         return SWEEPS_DIR / f"{name}.yaml"
