@@ -147,11 +147,9 @@ def work(connection: Connection, job: WorkerJob) -> None:
             with contextlib.suppress(OSError):
                 connection.send(Said(str(error)))
     lock_path(job.folder, job.worker.name).unlink(missing_ok=True)
-    from mnist_wandb.background import is_client_busy
     from mnist_wandb.tracking import close_service
 
-    if not is_client_busy():
-        close_service()
+    close_service()
     exit_at_once(code)  # taking torch down in order takes over a second, for nothing
 
 

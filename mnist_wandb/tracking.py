@@ -44,6 +44,7 @@ INIT_TIMEOUT_SECONDS = 20.0
 PROBE_TIMEOUT_SECONDS = 5.0
 MODEL_FILE = "model.pt"
 TEARDOWN_SECONDS = 5.0
+"""Longest wait for the client's service process to end."""
 FLUSH_SECONDS = 1.0
 """How much of the W&B record a kill may cost; the run folder loses nothing."""
 PANEL_PICTURES = 32
@@ -72,16 +73,14 @@ def project_name(config: RunConfig, settings: Settings) -> str:
     return config.tracking.project or settings.wandb_project or DEFAULT_PROJECT
 
 
-def _tear_down() -> None:
-    """Let the client forget a run that never began; it may still be busy with an earlier one."""
+def close_service() -> None:
+    """End the client's service process, with what it holds of runs that never began.
+
+    It may still be busy with a server that does not answer, so the wait is limited.
+    """
     thread = threading.Thread(target=wandb.teardown, daemon=True)
     thread.start()
     thread.join(TEARDOWN_SECONDS)
-
-
-def close_service() -> None:
-    """End the client's own service process, after the last run."""
-    wandb.teardown()
 
 
 def silence_client() -> None:
@@ -153,7 +152,7 @@ class WandbSink:
             reason = " ".join(str(error).split())[:300]
             if re.search(r"error 40[13]|HTTP 40[13]|not logged in|API key", reason):
                 reason = f"{settings.wandb_base_url} refuses the API key; log in again ({reason})"
-            _tear_down()
+            close_service()  # else the client holds the id for a run that never began
             note_client_is_busy()
             raise TrackingError(
                 f"W&B could not start ({mode}): {reason};"
