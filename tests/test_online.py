@@ -530,7 +530,7 @@ def test_sync_passes_over_what_is_no_run_and_names_what_is_damaged(
     damaged, whole = sorted(Path("runs").iterdir())[1:]
     (damaged / "predictions.npz").write_bytes(b"nonsense")
     (whole / "checkpoints" / "best.pt").unlink()
-    done = online("sync", *map(str, Path("runs").iterdir()))
+    done = online("sync", *map(str, sorted(Path("runs").iterdir())))
     assert done.code == 1
     errors = [line for line in done.err.splitlines() if line.startswith("error: ")]
     assert errors[0].startswith(f"error: {damaged}/predictions.npz: cannot be read: ")
