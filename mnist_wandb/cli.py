@@ -234,6 +234,8 @@ def _describe_run(resolved: ResolvedConfig, settings: Settings, *, as_json: bool
         "steps": f"{facts['steps_per_epoch']:,} per epoch, {total:,} in all",
         "device": f"{plan['device']} ({plan['device_reason']}), {plan['num_threads']} threads",
         "precision": f"{plan['precision']}, {plan['memory_format']}, compile: {plan['compile']}",
+        "optimizer step": f"{plan['optimizer_step']}",
+        "freed memory": f"{plan['allocator']}",
         "data folder": str(facts["data_dir"]),
         "runs folder": str(facts["runs_dir"]),
         "W&B": f"{mode} ({reason})",

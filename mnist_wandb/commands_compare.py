@@ -4,21 +4,17 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mnist_wandb.compare import (
-    DEFAULT_METRIC,
-    Comparison,
-    compare_runs,
-    comparison_csv,
-    comparison_json,
-)
+from mnist_wandb.config import DEFAULT_METRIC
 from mnist_wandb.errors import ConfigError, RunError
 from mnist_wandb.options import EXIT_DONE, JsonOption
-from mnist_wandb.records import find_runs, read_records
 from mnist_wandb.settings import Settings, load_settings
+
+if TYPE_CHECKING:  # both import NumPy, which `--help` does without
+    from mnist_wandb.compare import Comparison
 
 app = typer.Typer()
 
@@ -53,6 +49,9 @@ def _read_comparison(
     group_by: list[str] | None,
     pair: tuple[str, str] | None,
 ) -> Comparison:
+    from mnist_wandb.compare import compare_runs
+    from mnist_wandb.records import find_runs, read_records
+
     folders = find_runs(runs or [str(settings.runs_dir)], settings.runs_dir)
     records, damaged = read_records(folders)
     pairs = () if pair is None else (pair,)
@@ -74,6 +73,8 @@ def compare(
     if as_json and as_csv:
         raise ConfigError("--json and --csv: choose one")
     comparison = _read_comparison(load_settings(), runs, metric, group_by, pair)
+    from mnist_wandb.compare import comparison_csv, comparison_json
+
     if as_json:
         typer.echo(json.dumps(comparison_json(comparison), allow_nan=False))
     elif as_csv:

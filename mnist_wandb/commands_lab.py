@@ -20,7 +20,6 @@ from mnist_wandb.options import (
     ModelArgument,
     QuietOption,
 )
-from mnist_wandb.runs import find_checkpoint
 from mnist_wandb.settings import load_settings
 from mnist_wandb.signals import EXIT_INTERRUPTED, StoppedBeforeTraining, StopSignals
 
@@ -184,6 +183,8 @@ def export(
     """Write a trained model for other programs (needs the extra `onnx`)."""
     if to != "onnx":
         raise ConfigError(f"--format: got {to!r}, allowed: onnx")
+    from mnist_wandb.runs import find_checkpoint
+
     path = find_checkpoint(model, load_settings().runs_dir)
     from mnist_wandb.onnx_export import export_onnx
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from mnist_wandb.config import VARIANTS, RunConfig
+from mnist_wandb.config import DEFAULT_METRIC, VARIANTS, RunConfig
 from mnist_wandb.errors import ConfigError, RunError
 from mnist_wandb.records import (
     LeftOut,
@@ -38,7 +38,6 @@ from mnist_wandb.significance import (
     welch_test,
 )
 
-DEFAULT_METRIC = "best/val_accuracy"
 COMPLETE = ("finished", "early_stopped")
 IDS_SHOWN = 10
 

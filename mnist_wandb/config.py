@@ -67,6 +67,8 @@ class ShortcutConfig(Section):
 
 SHORTCUT_DATASET = "shortcut_mnist"
 """The data set with a `data.shortcut` section."""
+DEFAULT_METRIC = "best/val_accuracy"
+"""What chooses between runs: a value of the validation split, never of the test split."""
 
 
 class DataConfig(Section):

@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+import ctypes
+import functools
+import math
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from mnist_wandb.config import CnnConfig, ResnetConfig, RunConfig
 from mnist_wandb.errors import ConfigError
+from mnist_wandb.optim import step_kind
+
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4
+"""Parameters of glibc's `mallopt` (malloc.h; see mallopt(3))."""
+HEAP_STEP_BYTES = 64 * 2**20
+CPU_LIMIT = Path("/sys/fs/cgroup/cpu.max")
 
 
 @dataclass(frozen=True)
@@ -24,6 +35,8 @@ class Plan:
         precision: "fp32" or "bf16" (autocast of the forward pass).
         compile: whether the model goes through `torch.compile`.
         channels_last: whether images and convolution weights lie channels-last in memory.
+        optimizer_step: "fused" or "foreach"; see `optim.step_kind`.
+        allocator: what happens to memory that torch frees; see `keep_freed_memory`.
     """
 
     device: torch.device
@@ -31,6 +44,8 @@ class Plan:
     precision: str
     compile: bool
     channels_last: bool
+    optimizer_step: str
+    allocator: str
 
     def describe(self) -> dict[str, Any]:
         """The choices as plain values, for people and for environment.json."""
@@ -42,16 +57,19 @@ class Plan:
             "compile": self.compile,
             "memory_format": "channels_last" if self.channels_last else "contiguous",
             "num_threads": torch.get_num_threads(),
+            "optimizer_step": self.optimizer_step,
+            "allocator": self.allocator,
         }
 
 
 def choose_plan(config: RunConfig) -> Plan:
-    """Decide everything that the configuration leaves to the machine.
+    """Decide everything that the configuration leaves to the machine, and set the process up.
 
     Raises:
         ConfigError: a device or precision was asked for that is not there.
     """
     device, reason = resolve_device(config.device)
+    limit_threads()
     if config.training.deterministic:
         # cuBLAS is deterministic only with a fixed workspace; read when CUDA starts.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -70,7 +88,40 @@ def choose_plan(config: RunConfig) -> Plan:
         precision=precision,
         compile=config.training.compile is True,
         channels_last=isinstance(config.model, CnnConfig | ResnetConfig) and device.type != "mps",
+        optimizer_step=step_kind(config.optimizer),
+        allocator=keep_freed_memory(),
     )
+
+
+@functools.cache
+def keep_freed_memory() -> str:
+    """Let glibc keep what torch frees: `kept in the process`, or `default` where that is not glibc.
+
+    By default the buffers of each step, being large, go back to the kernel, and come again page by
+    page, each page zeroed and faulted in. The process then keeps its peak memory until it ends.
+    """
+    if sys.platform != "linux":
+        return "default"
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # musl has none
+    if mallopt is None:
+        return "default"
+    done = [
+        mallopt(M_MMAP_MAX, 0),  # no buffer gets a mapping of its own
+        mallopt(M_TRIM_THRESHOLD, 2**31 - 1),
+        mallopt(M_TOP_PAD, HEAP_STEP_BYTES),
+    ]
+    return "kept in the process" if all(done) else "default"
+
+
+def limit_threads() -> None:
+    """Use no more threads than a container may use cores (cgroup v2), where torch sees them all."""
+    try:
+        quota, period = CPU_LIMIT.read_text().split()
+        cores = max(1, math.floor(int(quota) / int(period)))
+    except (OSError, ValueError):  # no such file, or "max"
+        return
+    if cores < torch.get_num_threads():
+        torch.set_num_threads(cores)
 
 
 def available_devices() -> list[str]:
@@ -109,13 +160,13 @@ def device_name(device: torch.device) -> str:
 @contextmanager
 def deterministic_mode(enabled: bool) -> Iterator[None]:
     """Use deterministic kernels only, and put torch's global switches back afterwards."""
-    before = torch.are_deterministic_algorithms_enabled()
-    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    before = torch.get_deterministic_debug_mode()
     benchmark = torch.backends.cudnn.benchmark
-    torch.use_deterministic_algorithms(enabled)
+    # The same switch as `torch.use_deterministic_algorithms`, which imports the compiler (2 s).
+    torch.set_deterministic_debug_mode("error" if enabled else "default")
     torch.backends.cudnn.benchmark = not enabled
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(before, warn_only=warn_only)
+        torch.set_deterministic_debug_mode(before)
         torch.backends.cudnn.benchmark = benchmark

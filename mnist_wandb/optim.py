@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import math
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -22,27 +24,66 @@ from mnist_wandb.config import (
 )
 
 
+def step_kind(config: OptimizerConfig) -> str:
+    """How the update is computed: `fused`, one kernel for all weights, or `foreach`, several."""
+    fused = isinstance(config, SgdConfig | AdagradConfig | AdamConfig | AdamwConfig)
+    return "fused" if fused else "foreach"
+
+
 def make_optimizer(config: OptimizerConfig, model: nn.Module) -> torch.optim.Optimizer:
-    """Build the torch optimizer; fused (one kernel for all weights) where torch has that."""
+    """Build the torch optimizer; fused where torch has that, on a CPU too."""
+    _skip_compiler()
     parameters = list(model.parameters())
     lr, decay = config.lr, config.weight_decay
+    kind = {step_kind(config): True}
     match config:
         case SgdConfig(momentum=momentum, nesterov=nesterov):
             return torch.optim.SGD(
-                parameters, lr, momentum, weight_decay=decay, nesterov=nesterov, fused=True
+                parameters, lr, momentum, weight_decay=decay, nesterov=nesterov, **kind
             )
         case RmspropConfig(alpha=alpha, momentum=momentum, eps=eps):
             return torch.optim.RMSprop(
-                parameters, lr, alpha, eps, weight_decay=decay, momentum=momentum, foreach=True
+                parameters, lr, alpha, eps, weight_decay=decay, momentum=momentum, **kind
             )
         case AdagradConfig(eps=eps):
-            return torch.optim.Adagrad(parameters, lr, weight_decay=decay, eps=eps, foreach=True)
+            return torch.optim.Adagrad(parameters, lr, weight_decay=decay, eps=eps, **kind)
         case AdamConfig(betas=betas, eps=eps):
-            return torch.optim.Adam(parameters, lr, betas, eps, weight_decay=decay, fused=True)
+            return torch.optim.Adam(parameters, lr, betas, eps, weight_decay=decay, **kind)
         case AdamwConfig(betas=betas, eps=eps):
-            return torch.optim.AdamW(parameters, lr, betas, eps, weight_decay=decay, fused=True)
+            return torch.optim.AdamW(parameters, lr, betas, eps, weight_decay=decay, **kind)
         case NadamConfig(betas=betas, eps=eps):
-            return torch.optim.NAdam(parameters, lr, betas, eps, weight_decay=decay, foreach=True)
+            return torch.optim.NAdam(parameters, lr, betas, eps, weight_decay=decay, **kind)
+
+
+def _skip_compiler() -> None:
+    """Let optimizers be made, saved and loaded without importing `torch._dynamo`.
+
+    Torch wraps these methods, so that `torch.compile` leaves them out, in a function that imports
+    it when first called: 2 s of a process that compiles nothing. The attribute is where the
+    wrapper keeps its result; in a torch without it nothing changes but these 2 s.
+    """
+    for name in ("add_param_group", "state_dict", "load_state_dict"):
+        plain = inspect.unwrap(getattr(torch.optim.Optimizer, name))
+        setattr(plain, "__dynamo_disable", plain)
+
+
+def make_update(optimizer: torch.optim.Optimizer) -> Callable[[float], None]:
+    """The function that does one update with a learning rate and drops the gradients.
+
+    It is the optimizer's own `step`, without the wrappers, which import `torch._dynamo`.
+    """
+    step = inspect.unwrap(type(optimizer).step)
+
+    @torch.no_grad()
+    def update(lr: float) -> None:
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        step(optimizer)
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                parameter.grad = None
+
+    return update
 
 
 def lr_factor(config: ScheduleConfig, step: int, total_steps: int, steps_per_epoch: int) -> float:

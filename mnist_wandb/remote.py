@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import wandb
-from wandb.apis.public.runs import RunNotFoundError
 
 from mnist_wandb.background import note_client_is_busy
 from mnist_wandb.config import RunConfig
@@ -126,6 +125,8 @@ def read_remote(path: str, settings: Settings) -> RemoteRun | None:
             run = api.run(path)
             num_rows = run.lastHistoryStep + 1  # step n is row n
         except wandb.errors.CommError as error:
+            from wandb.apis.public.runs import RunNotFoundError  # a quarter of a second
+
             if isinstance(error.__context__, RunNotFoundError):
                 return None
             raise

@@ -24,7 +24,7 @@ from mnist_wandb.device import Plan, choose_plan, deterministic_mode
 from mnist_wandb.errors import CheckpointError, ConfigError, DivergedError
 from mnist_wandb.evaluate import compute_loss, evaluate
 from mnist_wandb.metrics import EvalResult
-from mnist_wandb.optim import lr_factor, make_optimizer
+from mnist_wandb.optim import lr_factor, make_optimizer, make_update
 
 CHECKPOINT_SECONDS = 60.0
 """Longest time between two checkpoints, so that a kill in a long epoch costs a minute."""
@@ -315,6 +315,7 @@ class _Loop:
         self.emit, self.should_stop = emit, should_stop
         self.preprocessing = Preprocessing.fit(config.data.scaling, splits.mean, splits.std)
         self.forward = torch.compile(state.model) if plan.compile else state.model
+        self.update = make_update(state.optimizer)
         self.augment = None if is_off(config.data.augment) else config.data.augment
         self.steps_per_epoch = math.ceil(len(splits.train) / config.training.batch_size)
         self.total_steps = count_steps(config, len(splits.train))
@@ -417,10 +418,7 @@ class _Loop:
         elif with_norm:
             gradients = [p.grad for p in state.model.parameters() if p.grad is not None]
             grad_norm = nn.utils.get_total_norm(gradients)
-        for group in state.optimizer.param_groups:
-            group["lr"] = lr
-        state.optimizer.step()
-        state.optimizer.zero_grad(set_to_none=True)
+        self.update(lr)
         if state.averaged is not None:
             state.averaged.update_parameters(state.model)
         # ── Metrics stay on the device until the next log.
@@ -429,7 +427,10 @@ class _Loop:
         return grad_norm
 
     def log_training(self, lr: float, grad_norm: Tensor | None, since: float) -> float:
-        """Read the pending metrics and emit their means over images; returns the new start time."""
+        """Read the pending metrics and emit their means over images; returns when that was.
+
+        What the recording of these values takes counts as training time of the next ones.
+        """
         state = self.state
         sizes = [size for _, _, size in state.pending]
         losses = torch.stack([loss for loss, _, _ in state.pending]).tolist()
@@ -458,7 +459,7 @@ class _Loop:
             if not math.isfinite(values["train/grad_norm"]):
                 raise self.diverged(state.step, "gradient norm", values["train/grad_norm"])
         self.emit_values(values)
-        return time.perf_counter()
+        return now
 
     def validate(self) -> bool:
         """Score the validation split; keep the weights where they are the best so far."""

@@ -217,14 +217,26 @@ def test_missing_data_and_no_network_is_one_line(cli: Cli, monkeypatch: pytest.M
     assert list(Path().iterdir()) == []
 
 
-def test_config_errors_and_help_do_not_import_torch_or_wandb() -> None:
+def test_config_errors_and_help_import_nothing_heavy() -> None:
     code = (
         "import sys; from mnist_wandb.cli import main; codes = [main(['--help']),"
         " main(['show', 'cnn_large']), main(['run', 'training.epoch=1'])];"
         " assert codes == [0, 0, 2], codes;"
-        " assert not {'torch', 'wandb'} & set(sys.modules)"
+        " assert not {'torch', 'wandb', 'numpy'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+def test_a_run_imports_neither_the_compiler_nor_torchvision(tmp_path: Path) -> None:
+    code = (
+        "import sys; from mnist_wandb.cli import main;"
+        " code = main(['run', '--quiet', 'training.epochs=0.1']);"
+        " print(code, sorted({'torch._dynamo', 'torchvision', 'optuna'} & set(sys.modules)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, check=True, capture_output=True, text=True
+    )
+    assert done.stdout.splitlines()[-1] == "0 []"
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,10 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +16,7 @@ from mnist_wandb.device import (
     choose_plan,
     deterministic_mode,
     device_name,
+    limit_threads,
     resolve_device,
 )
 from mnist_wandb.errors import ConfigError
@@ -86,7 +90,15 @@ def test_convolutions_lie_channels_last(model: str, channels_last: bool) -> None
 
 
 def test_plan_describes_itself_in_plain_values() -> None:
-    plan = Plan(torch.device("cpu"), "as configured", "bf16", compile=True, channels_last=False)
+    plan = Plan(
+        torch.device("cpu"),
+        "as configured",
+        "bf16",
+        compile=True,
+        channels_last=False,
+        optimizer_step="foreach",
+        allocator="default",
+    )
     assert plan.describe() == {
         "device": "cpu",
         "device_reason": "as configured",
@@ -95,7 +107,51 @@ def test_plan_describes_itself_in_plain_values() -> None:
         "compile": True,
         "memory_format": "contiguous",
         "num_threads": torch.get_num_threads(),
+        "optimizer_step": "foreach",
+        "allocator": "default",
     }
+
+
+# ── memory and threads ───────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc only")
+def test_memory_that_is_freed_stays_in_the_process() -> None:
+    code = """
+import resource, torch
+from mnist_wandb.device import keep_freed_memory
+kept = keep_freed_memory()
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(5):
+        torch.zeros(2**24)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+faults()  # the first one takes the memory
+print(kept, faults(), sep=", ")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    kept, faults = done.stdout.split(", ")
+    assert kept == "kept in the process"
+    assert int(faults) < 1000  # five times 64 MiB are 81,920 pages
+
+
+@pytest.mark.parametrize(
+    ("limit", "threads"),
+    [("max 100000", 4), ("150000 100000", 1), ("50000 100000", 1), ("300000 100000", 3)]
+    + [("800000 100000", 4), ("nonsense", 4)],
+)
+def test_a_container_gets_no_more_threads_than_it_has_cores(
+    limit: str, threads: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mnist_wandb.device.CPU_LIMIT", tmp_path / "cpu.max")
+    (tmp_path / "cpu.max").write_text(limit + "\n")
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(4)
+        limit_threads()
+        assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
 
 
 # ── determinism ──────────────────────────────────────────────────────────────────────────────
