@@ -48,15 +48,22 @@ def _read_comparison(
     metric: str,
     group_by: list[str] | None,
     pair: tuple[str, str] | None,
+    wandb: str | None = None,
 ) -> Comparison:
     from mnist_wandb.compare import compare_runs
-    from mnist_wandb.records import find_runs, read_records
 
-    folders = find_runs(runs or [str(settings.runs_dir)], settings.runs_dir)
-    records, damaged = read_records(folders)
+    if wandb is not None:
+        from mnist_wandb.remote import read_remote_records
+
+        records, left_out = read_remote_records(wandb, settings)
+    else:
+        from mnist_wandb.records import find_runs, read_records
+
+        folders = find_runs(runs or [str(settings.runs_dir)], settings.runs_dir)
+        records, left_out = read_records(folders)
     pairs = () if pair is None else (pair,)
     return compare_runs(
-        records, metric=metric, group_by=group_by or (), pairs=pairs, left_out=damaged
+        records, metric=metric, group_by=group_by or (), pairs=pairs, left_out=left_out
     )
 
 
@@ -66,13 +73,22 @@ def compare(
     metric: MetricOption = DEFAULT_METRIC,
     group_by: GroupByOption = None,
     pair: PairOption = None,
+    wandb: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ENTITY/PROJECT[/sweeps/ID]",
+            help="Take the runs of this project or sweep from W&B, instead of folders.",
+        ),
+    ] = None,
     as_json: JsonOption = False,
     as_csv: Annotated[bool, typer.Option("--csv", help="One line per group on stdout.")] = False,
 ) -> int:
     """Compare runs: means over seeds with intervals, and whether differences are real."""
     if as_json and as_csv:
         raise ConfigError("--json and --csv: choose one")
-    comparison = _read_comparison(load_settings(), runs, metric, group_by, pair)
+    if wandb is not None and runs:
+        raise ConfigError(f"--wandb {wandb} and {runs[0]}: choose one, runs in W&B or folders")
+    comparison = _read_comparison(load_settings(), runs, metric, group_by, pair, wandb)
     from mnist_wandb.compare import comparison_csv, comparison_json
 
     if as_json:

@@ -220,7 +220,8 @@ def _test_metric(metric: str) -> str:
 
 def _leave_out(record: RunRecord) -> LeftOut:
     if record.status is None:
-        return LeftOut(record.title, "unfinished", "under way, or killed before its end")
+        reason = record.error or "under way, or killed before its end"
+        return LeftOut(record.title, "unfinished", reason)
     reason = record.error or "stopped before its end"
     return LeftOut(record.title, record.status, " ".join(reason.split()))
 
@@ -374,7 +375,10 @@ def _test_images(first: RunRecord, second: RunRecord) -> ImageTest:
     for run in (first, second):
         result = read_predictions(run)
         if result is None:
-            raise RunError(f"{run.title} has no predictions of test images at hand")
+            reason = f"{run.title} has no predictions of test images at hand"
+            if run.folder is None:
+                reason += ": they stay in the run folder; compare the folders for this test"
+            raise RunError(reason)
         order = np.argsort(result.ids, kind="stable")
         results.append((result.ids[order], result.labels[order], result.predictions[order]))
     (ids, labels, ones), (other_ids, other_labels, others) = results

@@ -1,4 +1,7 @@
-"""One record per run, wherever it was recorded, and the reader for run folders."""
+"""One record per run, wherever it was recorded, and the reader for run folders.
+
+The reader for W&B is `remote.read_remote_records`.
+"""
 
 from __future__ import annotations
 
@@ -19,6 +22,10 @@ from mnist_wandb.runs import RunFolder, RunSummary, list_runs
 SPLIT_KEYS = ("data.dataset", "data.val_from", "data.val_fraction", "data.split_seed")
 """Settings that decide which images validate and test."""
 VERSIONS = ("mnist-wandb", "torch", "numpy")
+COMPARED_FACTS = (
+    "data_fingerprint", "versions", "device", "device_name", "processor", "num_threads",
+)  # fmt: skip
+"""What of environment.json decides whether runs can be compared; it goes to W&B, too."""
 NOT_STUDIED = ("seed", "name", "device", "data.dir", "tracking.")
 """Settings that two runs of one group may differ in; a dot at the end stands for a section."""
 
@@ -37,7 +44,7 @@ class RunRecord:
         num_parameters: trainable parameters.
         training_seconds, images_per_second: see `RunSummary`.
         environment: what the run ran on, as in `environment.json`; may lack anything.
-        error: what went wrong, if anything.
+        error: what went wrong, if anything; without a status, why there is none, if known.
         folder: the run folder with predictions and curves; None where there is none at hand.
     """
 
@@ -248,7 +255,8 @@ def find_differences(records: Sequence[RunRecord]) -> list[str]:
     for run in records:
         data = {key: _get(run.config, key) for key in (*SPLIT_KEYS, "data.train_size")}
         fingerprint = run.environment.get("data_fingerprint")
-        by_data.setdefault(json.dumps(data), set()).add(fingerprint)
+        if fingerprint is not None:  # what is not known is no difference
+            by_data.setdefault(json.dumps(data), set()).add(fingerprint)
     if any(len(fingerprints) > 1 for fingerprints in by_data.values()):
         warnings.append("data fingerprint: differs for the same settings: the files have changed")
     for package in VERSIONS:

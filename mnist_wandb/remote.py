@@ -1,16 +1,17 @@
-"""The W&B server's side: what it has of a run, uploads of records, models from artifacts."""
+"""The W&B server's side: what it has of one or many runs, uploads of records, used models."""
 
 from __future__ import annotations
 
 import itertools
 import logging
+import re
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,13 @@ import wandb
 from mnist_wandb.background import note_client_is_busy
 from mnist_wandb.config import RunConfig
 from mnist_wandb.errors import ConfigError, MnistWandbError, TrackingError
+from mnist_wandb.loading import validate
+from mnist_wandb.records import LeftOut, RunRecord
 from mnist_wandb.runs import Row, RunFolder
 from mnist_wandb.settings import Settings, keep_wandb_files_in
 from mnist_wandb.tracking import (
+    AXES,
+    ENVIRONMENT_KEY,
     MODEL_FILE,
     client_settings,
     probe_server,
@@ -50,6 +55,14 @@ TIMED = ("train/images_per_second",)
 """Values that differ each time a row is made."""
 SHORT_RUN_SECONDS = 60.0
 """Longest wait for the server at the end of a run that only uses a model."""
+RUNS_PER_PAGE = 50
+JOB_TYPES = ("explore", "check", "evaluate", "predict")
+"""Job types of runs that train nothing."""
+UNDER_WAY = ("pending", "running", "preempting")
+"""W&B's states of a run that is to go on; its summary may be of an earlier session."""
+FAILED = ("failed", "diverged")
+SECTIONS = ("data", "model", "optimizer", "schedule", "training")
+"""What the config of every training run has."""
 
 
 @dataclass(frozen=True)
@@ -289,3 +302,114 @@ class UsedModel:
     def log(self, values: Mapping[str, Any]) -> None:
         """Record what came of it."""
         self.run.log(dict(values))
+
+
+# ── many runs, to compare ────────────────────────────────────────────────────────────────────
+
+
+def read_remote_records(spec: str, settings: Settings) -> tuple[list[RunRecord], list[LeftOut]]:
+    """Read the training runs of a W&B project or sweep, oldest first; none has a folder.
+
+    Args:
+        spec: `entity/project` or `entity/project/sweeps/id`.
+        settings: the surroundings, with an API key.
+
+    Returns:
+        The runs of mnist-wandb, those that have not ended as well, and the other runs, with why
+        they cannot be compared. Runs that train nothing are passed over.
+
+    Raises:
+        ConfigError: the text has another form, or there is no API key.
+        TrackingError: no answer, a refusal, or no such project, sweep or runs.
+    """
+    found = re.fullmatch(r"([^/]+)/([^/]+)(?:/sweeps/([^/]+))?", spec)
+    if found is None:
+        raise ConfigError(
+            f"--wandb: got {spec!r}, expected ENTITY/PROJECT or ENTITY/PROJECT/sweeps/ID"
+        )
+    entity, project, sweep = found.groups()
+    records, left_out = [], []
+    for run in _list_runs(entity, project, sweep, settings):
+        if run.job_type in JOB_TYPES and "status" not in run.summary_metrics:
+            continue
+        read = _read_record(run)
+        if isinstance(read, RunRecord):
+            records.append(read)
+        else:
+            left_out.append(read)
+    if not records and not left_out:
+        raise TrackingError(f"--wandb {spec}: no training runs are there")
+    return records, left_out
+
+
+def _list_runs(entity: str, project: str, sweep: str | None, settings: Settings) -> list[Any]:
+    """All runs with their configs and summaries, a page at a time."""
+    with _talking(settings) as api:
+        try:
+            if sweep is not None:
+                api.sweep(f"{entity}/{project}/{sweep}")
+            runs = api.runs(
+                f"{entity}/{project}",
+                filters={"sweep": sweep} if sweep else None,
+                per_page=RUNS_PER_PAGE,
+                lazy=False,  # else it would ask once more for each run
+            )
+            return list(runs)
+        except (ValueError, wandb.Error) as error:
+            if not str(error).startswith("Could not find"):
+                raise
+            what = f"sweep {sweep} in" if sweep else "project"
+            raise TrackingError(
+                f"W&B ({settings.wandb_base_url}): there is no {what} {entity}/{project}"
+                " that this API key may see"
+            ) from None
+
+
+def _read_record(run: Any) -> RunRecord | LeftOut:
+    """What is compared of one run of the public API, or why it cannot be."""
+    title, summary = f"{run.name} ({run.id})", run.summary_metrics
+    # A sweep adds its parameters as keys of their own, like `model.name`.
+    values = {key: run.config[key] for key in RunConfig.model_fields if key in run.config}
+    if not all(isinstance(values.get(section), Mapping) for section in SECTIONS):
+        sections = ", ".join(SECTIONS)
+        return LeftOut(title, run.state, f"has no configuration of mnist-wandb ({sections})")
+    try:
+        config = validate(values)
+    except ConfigError as error:
+        reason = str(error).splitlines()[0]
+        return LeftOut(title, "damaged", f"its configuration is not understood: {reason}")
+    facts = summary.get(ENVIRONMENT_KEY)
+    record = RunRecord(
+        run_id=run.id,
+        name=config.run_name,
+        location=run.url,
+        status=None,
+        config=config.model_dump(mode="json"),
+        environment=facts if isinstance(facts, Mapping) else {},
+        error=f"{run.state} in W&B, without a summary of its end",
+    )
+    if run.state in UNDER_WAY or "status" not in summary:
+        return record
+    status = str(summary["status"])
+    try:
+        return replace(
+            record,
+            status=status,
+            metrics=_final_metrics(summary),
+            num_parameters=int(summary["num_parameters"]),
+            training_seconds=float(summary["training_seconds"]),
+            images_per_second=float(summary["images_per_second"]),
+            error=f"its log says why: {run.url}/logs" if status in FAILED else None,
+        )
+    except (KeyError, TypeError, ValueError):
+        return LeftOut(title, "damaged", "its summary is not that of a run of mnist-wandb")
+
+
+def _final_metrics(summary: Mapping[str, Any]) -> dict[str, float]:
+    """The final values by metric name, without tables and charts."""
+    sections = tuple(pattern.removesuffix("*") for pattern in AXES)
+    return {
+        name: float(value)
+        for name, value in summary.items()
+        if name.startswith(sections) and isinstance(value, int | float)
+    }

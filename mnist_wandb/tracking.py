@@ -28,6 +28,7 @@ from mnist_wandb.metrics import (
     most_confident_mistakes,
     sample_positions,
 )
+from mnist_wandb.records import COMPARED_FACTS
 from mnist_wandb.runs import Row, RunFolder, slug
 from mnist_wandb.settings import (
     Settings,
@@ -49,6 +50,8 @@ FLUSH_SECONDS = 1.0
 """How much of the W&B record a kill may cost; the run folder loses nothing."""
 PANEL_PICTURES = 32
 """Sample predictions that are also shown as a plain picture panel, besides the table."""
+ENVIRONMENT_KEY = "environment"
+"""Where the summary says what a run ran on."""
 AXES = {"train/*": "step", "val/*": "epoch", "best/*": "epoch", "test/*": "epoch"}
 
 
@@ -160,6 +163,10 @@ class WandbSink:
             ) from None
         for pattern, axis in AXES.items():
             run.define_metric(pattern, step_metric=axis)
+        recorded = folder.read_environment()  # of a job there is none
+        if facts := {key: recorded[key] for key in COMPARED_FACTS if key in recorded}:
+            # No setting, so not in the config: there it would be a parameter of the app's charts.
+            run.summary.update({ENVIRONMENT_KEY: facts})
         if tracking.save_code:
             run.log_code(str(Path(__file__).parent))
         return cls(run, tracking.upload_timeout_seconds)

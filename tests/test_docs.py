@@ -7,6 +7,7 @@ import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -25,33 +26,29 @@ ELSEWHERE = {
 }
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", README, flags=re.M | re.S)
+def blocks(language: str, text: str = README) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", text, flags=re.M | re.S)
 
 
-def test_every_command_of_the_readme_runs_as_written(mnist_like: Path) -> None:
+def shell_lines(text: str) -> list[str]:
+    return [line for block in blocks("sh", text) for line in block.splitlines()]
+
+
+def commands_by_section() -> dict[str, list[str]]:
+    """The commands under each heading that has any."""
+    parts = re.split(r"^##+ (.+)\n", README, flags=re.M)[1:]
+    found = {title: shell_lines(text) for title, text in zip(parts[::2], parts[1::2], strict=True)}
+    return {title: commands for title, commands in found.items() if commands}
+
+
+def write_configuration(environment: dict[str, str]) -> None:
     (config,) = [block for block in blocks("yaml") if "# mine.yaml" in block]
     Path("mine.yaml").write_text(config)
+
+
+def write_picture(environment: dict[str, str]) -> None:
     Path("my-digits").mkdir()
     Image.radial_gradient("L").save("my-digits/blob.png")
-    commands = [line for block in blocks("sh") for line in block.splitlines()]
-    ran = [line for line in commands if line not in ELSEWHERE]
-    assert len(ran) > 10
-    folder = Path("bin")
-    folder.mkdir()
-    (folder / "mnist-wandb").write_text(
-        f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -m mnist_wandb "$@"\n'
-    )
-    (folder / "mnist-wandb").chmod(0o755)
-    path = f"{folder.absolute()}{os.pathsep}{os.environ['PATH']}"
-    for command in ran:
-        # The newest run is finished, so a second one, stopped, is what `--resume latest` finds.
-        if "--resume latest" in command:
-            stop_a_run({**os.environ, "PATH": path})
-        done = subprocess.run(
-            command, shell=True, env={**os.environ, "PATH": path}, capture_output=True, text=True
-        )
-        assert done.returncode == 0, f"{command}\n{done.stderr}"
 
 
 def stop_a_run(environment: dict[str, str]) -> None:
@@ -69,6 +66,47 @@ def stop_a_run(environment: dict[str, str]) -> None:
             break
     process.communicate(timeout=60)
     assert process.returncode == 143
+
+
+# What there is before the commands of a section, besides finished runs; a newer run that was
+# stopped is what `--resume latest` finds.
+SECTIONS: dict[str, tuple[Callable[[dict[str, str]], None], ...]] = {
+    "Configurations": (write_configuration,),
+    "Stop and resume": (stop_a_run,),
+    "Use a trained model": (write_picture,),
+    "Weights & Biases": (),
+    "Sweeps": (),
+    "Compare and report": (),
+    "Labs": (),
+}
+
+
+def test_every_command_of_the_readme_belongs_to_a_section_that_is_run() -> None:
+    found = commands_by_section()
+    assert [line for commands in found.values() for line in commands] == shell_lines(README)
+    assert set(shell_lines(README)) >= ELSEWHERE
+    assert {title for title, lines in found.items() if not ELSEWHERE.issuperset(lines)} == set(
+        SECTIONS
+    )
+
+
+@pytest.mark.parametrize("section", SECTIONS)
+def test_every_command_of_the_readme_runs_as_written(section: str, runs_dir: Path) -> None:
+    folder = Path("bin")
+    folder.mkdir()
+    (folder / "mnist-wandb").write_text(
+        f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -m mnist_wandb "$@"\n'
+    )
+    (folder / "mnist-wandb").chmod(0o755)
+    path = f"{folder.absolute()}{os.pathsep}{os.environ['PATH']}"
+    environment = {**os.environ, "PATH": path}
+    for prepare in SECTIONS[section]:
+        prepare(environment)
+    for command in commands_by_section()[section]:
+        if command in ELSEWHERE:
+            continue
+        done = subprocess.run(command, shell=True, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, f"{command}\n{done.stderr}"
 
 
 def test_the_python_example_of_the_readme_runs(capsys: pytest.CaptureFixture[str]) -> None:

@@ -385,6 +385,7 @@ def comparable(remote: Run) -> dict[str, Any]:
         "config": remote.config,
         "history": [plain(item) for item in remote.history],
         "summary": plain(remote.summary),
+        "environment": remote.summary["environment"],
         "axes": axes_of(remote),
         "end": (remote.state, remote.exit_code, remote.display_name, remote.group, remote.notes),
         "tags": sorted(remote.tags),
