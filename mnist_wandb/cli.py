@@ -295,6 +295,15 @@ def evaluate(
     context: typer.Context,
     model: ModelArgument,
     split: Annotated[str, typer.Option(metavar="val|test", help="Split to score.")] = "test",
+    tta: Annotated[
+        int,
+        typer.Option(
+            metavar="PIXELS",
+            min=0,
+            max=14,
+            help="Test-time augmentation: mean over each image and its four shifts by PIXELS.",
+        ),
+    ] = 0,
     as_json: JsonOption = False,
 ) -> int:
     """Score a trained model: RUN|CHECKPOINT [section.field=value ...]."""
@@ -307,30 +316,29 @@ def evaluate(
             split=split,
             data_dir=settings.data_dir,
             override=lambda config: override_config(config, context.args),
+            tta_pixels=tta,
         )
         metrics = result.metrics(split)
         record(metrics)
     if as_json:
-        typer.echo(json.dumps(_evaluation_json(result, split, model, path, metrics)))
+        facts = {"checkpoint": str(path) if path.exists() else model, "split": split, "tta": tta}
+        typer.echo(json.dumps({**facts, **_evaluation_json(result, metrics)}))
         return EXIT_DONE
     from mnist_wandb.display import make_console, print_evaluation, print_metrics
 
     console = make_console()
     title = f"{path if path.exists() else model}, {split} split of {config.data.dataset}"
+    title += f", averaged over shifts by {tta} px" if tta else ""
     print_metrics(console, f"{title}, {len(result.labels):,} images", metrics)
     print_evaluation(console, result)
     return EXIT_DONE
 
 
-def _evaluation_json(
-    result: EvalResult, split: str, model: str, path: Path, metrics: dict[str, float]
-) -> dict[str, Any]:
+def _evaluation_json(result: EvalResult, metrics: dict[str, float]) -> dict[str, Any]:
     from mnist_wandb.metrics import class_scores
 
     scores = class_scores(result.confusion)
     return {
-        "checkpoint": str(path) if path.exists() else model,
-        "split": split,
         "num_images": len(result.labels),
         "metrics": metrics,
         "per_class": [

@@ -288,6 +288,15 @@ class ConvBlock(Section):
     )
     pool: int | None = Field(None, ge=2, le=14, description="Max-pooling size; null is none.")
     batch_norm: bool = Field(False, description="Batch normalisation after the convolution.")
+    pool_first: bool = Field(
+        False, description="Pool before batch normalisation, which then has less to do."
+    )
+
+    @model_validator(mode="after")
+    def _check_order(self) -> ConvBlock:
+        if self.pool_first and not (self.pool and self.batch_norm):
+            raise ValueError("pool_first is about the order of pool and batch_norm; turn both on")
+        return self
 
     def output_size(self, size: int) -> int:
         """Height or width in pixels after this block, for an input of `size` pixels."""

@@ -301,12 +301,10 @@ def _make_split(
 
 
 def _pixel_statistics(images: Tensor) -> tuple[float, float]:
-    """Mean and standard deviation of the pixels in [0, 1]; exact, summed as integers."""
-    total = squares = 0
-    for chunk in torch.split(images, 8192):
-        pixels = chunk.to(torch.int32)
-        total += int(pixels.sum(dtype=torch.int64))
-        squares += int(pixels.square_().sum(dtype=torch.int64))
+    """Mean and standard deviation of the pixels in [0, 1]; exact, from counts of the values."""
+    counts = torch.bincount(images.flatten(), minlength=256).tolist()
+    total = sum(value * count for value, count in enumerate(counts))
+    squares = sum(value**2 * count for value, count in enumerate(counts))
     mean = total / images.numel()
     std = max(squares / images.numel() - mean**2, 0.0) ** 0.5
     if std == 0:

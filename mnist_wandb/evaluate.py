@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,6 +95,7 @@ def evaluate(
     batch_size: int = EVAL_BATCH_SIZE,
     precision: str = "fp32",
     channels_last: bool = False,
+    tta_pixels: int = 0,
 ) -> EvalResult:
     """Score a model on every image of a split, once, in eval mode.
 
@@ -105,18 +107,24 @@ def evaluate(
         batch_size: images per forward pass.
         precision: "fp32" or "bf16" (autocast).
         channels_last: lay the batch out channels-last.
+        tta_pixels: test-time augmentation: the probabilities are the mean over each image and its
+            four shifts by so many pixels; 0 is none.
 
     Returns:
         Loss (a true mean over images), probabilities and everything that follows from them.
     """
-    logits = predict_logits(
-        model,
-        split.images,
-        preprocessing,
-        batch_size=batch_size,
-        precision=precision,
-        channels_last=channels_last,
-    )
+    views = [
+        predict_logits(
+            model,
+            _shift(split.images, across, down),
+            preprocessing,
+            batch_size=batch_size,
+            precision=precision,
+            channels_last=channels_last,
+        )
+        for across, down in _views(tta_pixels)
+    ]
+    logits = views[0] if len(views) == 1 else _mean_prediction(views)
     return EvalResult(
         loss=float(compute_loss(logits, split.labels, loss)),
         probabilities=logits.softmax(dim=1).cpu().numpy(),
@@ -125,6 +133,25 @@ def evaluate(
         class_names=split.class_names,
         shortcut_agrees=(None if split.shortcut_agrees is None else split.shortcut_agrees.numpy()),
     )
+
+
+def _views(pixels: int) -> list[tuple[int, int]]:
+    """(across, down) of each view of an image; the first is the image itself."""
+    shifts = [(pixels, 0), (-pixels, 0), (0, pixels), (0, -pixels)] if pixels else []
+    return [(0, 0), *shifts]
+
+
+def _shift(images: Tensor, across: int, down: int) -> Tensor:
+    """Move images (N, 1, H, W) by whole pixels; what comes in is black."""
+    if (across, down) == (0, 0):
+        return images
+    return F.pad(images, (across, -across, down, -down))  # negative padding cuts off
+
+
+def _mean_prediction(views: Sequence[Tensor]) -> Tensor:
+    """Logits float32 (N, C) whose softmax is the mean of the views' probabilities."""
+    logs = torch.stack([logits.log_softmax(dim=1) for logits in views])
+    return logs.logsumexp(dim=0) - math.log(len(views))
 
 
 @dataclass(frozen=True)
@@ -148,6 +175,7 @@ def evaluate_checkpoint(
     split: str,
     data_dir: Path,
     override: Callable[[RunConfig], RunConfig] = lambda config: config,
+    tta_pixels: int = 0,
 ) -> tuple[EvalResult, RunConfig]:
     """Score a checkpoint on the data of its configuration.
 
@@ -156,6 +184,7 @@ def evaluate_checkpoint(
         split: `val` or `test`.
         data_dir: data folder where the configuration does not name one.
         override: changes the configuration first (another data set, another device).
+        tta_pixels: see `evaluate`.
 
     Returns:
         The scores and the configuration used.
@@ -191,6 +220,7 @@ def evaluate_checkpoint(
             loss=config.training.loss,
             precision=plan.precision,
             channels_last=plan.channels_last,
+            tta_pixels=tta_pixels,
         )
     return result, config
 

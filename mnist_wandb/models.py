@@ -176,6 +176,9 @@ def _conv_block(inputs: int, block: ConvBlock, activation: str) -> nn.Sequential
         nn.Conv2d(inputs, block.channels, block.kernel_size, padding=padding)
     ]
     pool = [nn.MaxPool2d(block.pool)] if block.pool else []
+    if block.pool_first:
+        layers += pool
+        pool = []
     if block.batch_norm:
         layers.append(nn.BatchNorm2d(block.channels))
     # max(relu(x)) = relu(max(x)): pooling first leaves the activation a quarter of the pixels.

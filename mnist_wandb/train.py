@@ -293,7 +293,8 @@ def _normalises_single_values(config: RunConfig) -> bool:
         return config.model.batch_norm
     size = IMAGE_SIZE
     for block in getattr(config.model, "blocks", ()):
-        if block.batch_norm and block.model_copy(update={"pool": None}).output_size(size) == 1:
+        normed = block if block.pool_first else block.model_copy(update={"pool": None})
+        if block.batch_norm and normed.output_size(size) == 1:
             return True
         size = block.output_size(size)
     return False

@@ -315,6 +315,10 @@ def test_evaluate_gives_the_score_of_the_run(cli: Cli, trained: Path) -> None:
     best = summary["metrics"]["best/val_accuracy"]
     assert val["metrics"]["val/accuracy"] == pytest.approx(best, abs=1e-6)
     assert "confusion matrix" in cli("evaluate", "latest").out
+    shifted = json.loads(cli("evaluate", "latest", "--tta=1", "--json").out)
+    assert (found["tta"], shifted["tta"]) == (0, 1)
+    assert shifted["metrics"]["test/loss"] != found["metrics"]["test/loss"]
+    assert "averaged over shifts by 1 px" in cli("evaluate", "latest", "--tta=1").out
 
 
 def test_predict_reads_pictures_of_any_size_and_polarity(

@@ -137,8 +137,14 @@ print(kept, faults(), sep=", ")
 
 @pytest.mark.parametrize(
     ("limit", "threads"),
-    [("max 100000", 4), ("150000 100000", 1), ("50000 100000", 1), ("300000 100000", 3)]
-    + [("800000 100000", 4), ("nonsense", 4)],
+    [
+        ("max 100000", 4),
+        ("150000 100000", 1),
+        ("50000 100000", 1),
+        ("300000 100000", 3),
+        ("800000 100000", 4),
+        ("nonsense", 4),
+    ],
 )
 def test_a_container_gets_no_more_threads_than_it_has_cores(
     limit: str, threads: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

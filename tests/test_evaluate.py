@@ -172,6 +172,26 @@ def test_the_mode_is_put_back_after_an_error_too(training: bool, config: RunConf
 
 
 @pytest.mark.parametrize("split", ["val", "test"])
+def test_test_time_augmentation_is_the_mean_over_the_image_and_four_shifts(
+    trained: tuple[nn.Module, Path], splits: Splits
+) -> None:
+    model, _ = trained
+    preprocessing = Preprocessing.fit("standardize", splits.mean, splits.std)
+    images = splits.test.images
+    black = np.zeros((len(images), 1, 32, 32), np.uint8)
+    black[:, :, 2:-2, 2:-2] = images.numpy()
+    total = np.zeros((len(images), 10))
+    for top, left in ((2, 2), (2, 0), (2, 4), (0, 2), (4, 2)):
+        view = torch.from_numpy(black[:, :, top : top + 28, left : left + 28].copy())
+        total += predict_logits(model, view, preprocessing).softmax(dim=1).numpy()
+    result = evaluate(model, splits.test, preprocessing, tta_pixels=2)
+    np.testing.assert_allclose(result.probabilities, total / 5, atol=1e-6)
+    truth = (total / 5)[np.arange(len(images)), splits.test.labels]
+    assert result.loss == pytest.approx(-np.log(truth).mean(), rel=1e-5)
+    plain = evaluate(model, splits.test, preprocessing)
+    assert not np.allclose(plain.probabilities, result.probabilities, atol=1e-3)
+
+
 def test_evaluate_checkpoint_scores_the_split_of_its_configuration(
     split: str,
     config: RunConfig,

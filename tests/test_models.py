@@ -239,6 +239,14 @@ def test_cnn_has_batch_norm_only_where_asked() -> None:
     assert layer_names(model.blocks) == ["Conv2d", "BatchNorm2d", "ReLU", "Conv2d", "ReLU"]
 
 
+def test_cnn_pools_before_batch_norm_where_asked() -> None:
+    block = {"channels": 4, "kernel_size": 3, "batch_norm": True, "pool": 2, "pool_first": True}
+    model = build_model(section("cnn", blocks=[block]))
+    assert layer_names(model.blocks) == ["Conv2d", "MaxPool2d", "BatchNorm2d", "ReLU"]
+    model = build_model(section("cnn", blocks=[block], activation="gelu"))
+    assert layer_names(model.blocks) == ["Conv2d", "MaxPool2d", "BatchNorm2d", "GELU"]
+
+
 @pytest.mark.parametrize(
     ("name", "fields"), [("mlp_dropout", {}), ("cnn_valid", {"dropout": 0.5}), ("resnet", {})]
 )

@@ -1,0 +1,91 @@
+"""What the benchmarks share: the machine in words, the load of others, medians, tables."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import wandb
+
+from mnist_wandb.experiment import processor_name
+
+PROGRAM = (sys.executable, "-m", "mnist_wandb")
+TICKS = os.sysconf("SC_CLK_TCK")
+BUSY_LOAD = 0.2
+"""Cores' worth of other work from which on times are not to be trusted."""
+
+
+def describe_machine() -> str:
+    """Processor, cores and versions."""
+    return (
+        f"{processor_name()}, {os.cpu_count()} cores, Python {platform.python_version()}, torch"
+        f" {torch.__version__} ({torch.get_num_threads()} threads), wandb {wandb.__version__}"
+    )
+
+
+def _used_seconds() -> tuple[float, float]:
+    """CPU seconds of the whole machine, and of this process with the children it waited for."""
+    fields = Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]
+    user, nice, system, _idle, _wait, irq, softirq, steal = map(int, fields)
+    ours = sum(sum(resource.getrusage(who)[:2]) for who in (0, resource.RUSAGE_CHILDREN))
+    return (user + nice + system + irq + softirq + steal) / TICKS, ours
+
+
+@contextmanager
+def watching_others() -> Iterator[list[float]]:
+    """Measure what others use meanwhile, in cores; the list gets that number at the end."""
+    found: list[float] = []
+    started, (whole, ours) = time.perf_counter(), _used_seconds()
+    yield found
+    seconds, (whole_after, ours_after) = time.perf_counter() - started, _used_seconds()
+    found.append(max(0.0, (whole_after - whole - (ours_after - ours)) / seconds))
+
+
+def run_program(*arguments: str, folder: Path | str, **environment: str) -> tuple[float, str]:
+    """Seconds of one command of the program from start to end, and what it prints."""
+    started = time.perf_counter()
+    done = subprocess.run(
+        [*PROGRAM, *arguments],
+        cwd=folder,
+        env={**os.environ, **environment},
+        check=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    return time.perf_counter() - started, done.stdout
+
+
+def run_json(*arguments: str, folder: Path | str, **environment: str) -> tuple[float, Any]:
+    """Like `run_program` with `--quiet --json`."""
+    seconds, out = run_program(*arguments, "--quiet", "--json", folder=folder, **environment)
+    return seconds, json.loads(out)
+
+
+def median(values: Sequence[float]) -> float:
+    """The middle value, which one disturbed repeat does not move."""
+    return statistics.median(values)
+
+
+def print_table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    """A Markdown table."""
+    for row in (columns, ["---"] * len(columns), *rows):
+        print("| " + " | ".join(map(str, row)) + " |")
+
+
+def print_conditions(repeats: int, others: float) -> None:
+    """What has to be known beside the figures."""
+    print(f"\n{describe_machine()}; medians of {repeats}; others used {others:.2f} cores")
+    if others > BUSY_LOAD:
+        print("The machine was busy: do not trust these times; repeat them on a quiet one.")
