@@ -29,7 +29,9 @@ IMAGE_SIZE = 28
 class Section(BaseModel):
     """Base of all sections: frozen, no unknown keys, no silent conversions, finite numbers."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, defer_build=True
+    )
 
 
 # A whole number stays one in the dump, so that `epochs: 10` does not come back as `10.0`.

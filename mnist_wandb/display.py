@@ -17,12 +17,10 @@ from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from mnist_wandb.compare import Comparison, explain_pair, short_keys, show_sample
-from mnist_wandb.metrics import EvalResult, class_scores
-from mnist_wandb.records import show_value
-from mnist_wandb.runs import RunSummary
-
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # some import NumPy, which `configs` does without
+    from mnist_wandb.compare import Comparison
+    from mnist_wandb.metrics import EvalResult
+    from mnist_wandb.runs import RunSummary
     from mnist_wandb.study import TrialRecord
     from mnist_wandb.sweep import SweepProgress, WorkerState
     from mnist_wandb.sweep_worker import Ended, Said
@@ -233,6 +231,8 @@ def record_lines(folder: Path, wandb: Mapping[str, str | None]) -> list[str]:
 
 def print_evaluation(console: Console, result: EvalResult) -> None:
     """Print per-class scores and the confusion matrix."""
+    from mnist_wandb.metrics import class_scores
+
     scores = class_scores(result.confusion)
     table = Table("class", title="per class", title_justify="left")
     for heading in ("precision", "recall", "F1", "images"):
@@ -257,6 +257,9 @@ def print_evaluation(console: Console, result: EvalResult) -> None:
 
 def print_comparison(console: Console, messages: Console, comparison: Comparison) -> None:
     """Print groups and tests; what is wrong with the runs goes to `messages`."""
+    from mnist_wandb.compare import explain_pair, short_keys, show_sample
+    from mnist_wandb.records import show_value
+
     title = f"{comparison.metric} over seeds; {comparison.test_metric} is shown and never chooses"
     table = Table("", title=title, title_justify="left")
     for word in short_keys(comparison.columns).values():

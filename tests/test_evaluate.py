@@ -171,7 +171,6 @@ def test_the_mode_is_put_back_after_an_error_too(training: bool, config: RunConf
 # ── scores of a checkpoint ───────────────────────────────────────────────────────────────────
 
 
-@pytest.mark.parametrize("split", ["val", "test"])
 def test_test_time_augmentation_is_the_mean_over_the_image_and_four_shifts(
     trained: tuple[nn.Module, Path], splits: Splits
 ) -> None:
@@ -192,6 +191,7 @@ def test_test_time_augmentation_is_the_mean_over_the_image_and_four_shifts(
     assert not np.allclose(plain.probabilities, result.probabilities, atol=1e-3)
 
 
+@pytest.mark.parametrize("split", ["val", "test"])
 def test_evaluate_checkpoint_scores_the_split_of_its_configuration(
     split: str,
     config: RunConfig,
