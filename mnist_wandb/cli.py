@@ -9,6 +9,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,6 +17,13 @@ import typer
 
 from mnist_wandb import __version__, commands_compare, commands_lab
 from mnist_wandb.background import note_client_is_busy
+from mnist_wandb.commands_seeds import (
+    SeedsOption,
+    TogetherOption,
+    check_seed_options,
+    describe_seeds,
+    train_seeds,
+)
 from mnist_wandb.commands_sweep import sweep_app
 from mnist_wandb.config import RunConfig
 from mnist_wandb.errors import ConfigError, DivergedError, MnistWandbError
@@ -39,6 +47,7 @@ from mnist_wandb.options import (
     ModelArgument,
     QuietOption,
 )
+from mnist_wandb.seedgroup import seed_configs
 from mnist_wandb.settings import Settings, choose_wandb_mode, load_settings
 from mnist_wandb.signals import EXIT_INTERRUPTED, StoppedBeforeTraining, StopSignals
 from mnist_wandb.sweepschema import sweep_schema
@@ -101,6 +110,8 @@ def run(
         str | None,
         typer.Option(metavar="RUN", help="Continue a stopped run (its folder, id, or latest)."),
     ] = None,
+    seeds: SeedsOption = None,
+    together: TogetherOption = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Validate and describe; train nothing.")
     ] = False,
@@ -109,6 +120,7 @@ def run(
 ) -> int:
     """Train one configuration: [--config NAME|FILE] [section.field=value ...]."""
     settings = load_settings()
+    check_seed_options(seeds, together, resume=resume)
     folder: RunFolder | None
     if resume is not None:
         from mnist_wandb.runs import RunFolder
@@ -123,10 +135,18 @@ def run(
         resolved = ResolvedConfig(folder.read_config(), preset, {})
     else:
         resolved = resolve_config(config, context.args, sweep_parameters=settings.sweep_parameters)
+        if seeds is not None:
+            group = seed_configs(resolved.config, seeds, settings)
+            resolved = replace(resolved, config=group[0])
         folder = _find_requeued(resolved.config, settings)
     if dry_run:
-        _describe_run(resolved, settings, as_json=as_json)
+        _describe_run(resolved, settings, seeds=seeds, together=together, as_json=as_json)
         return EXIT_DONE
+    if seeds is not None:
+        words = ["mnist-wandb", "run", *(["--config", config] if config else []), *context.args]
+        return train_seeds(
+            resolved, settings, seeds, together or "auto", words, as_json=as_json, quiet=quiet
+        )
     return _train(resolved, settings, folder, as_json=as_json, quiet=quiet)
 
 
@@ -184,7 +204,14 @@ def _train(
     return EXIT_DONE
 
 
-def _describe_run(resolved: ResolvedConfig, settings: Settings, *, as_json: bool) -> None:
+def _describe_run(
+    resolved: ResolvedConfig,
+    settings: Settings,
+    *,
+    seeds: int | None,
+    together: str | None,
+    as_json: bool,
+) -> None:
     """The validated configuration and what it would do."""
     from mnist_wandb.data import train_count
     from mnist_wandb.device import choose_plan
@@ -194,7 +221,8 @@ def _describe_run(resolved: ResolvedConfig, settings: Settings, *, as_json: bool
     from mnist_wandb.train import check_batches, count_steps
 
     config = resolved.config
-    plan = choose_plan(config).describe()
+    device_plan = choose_plan(config)
+    plan = device_plan.describe()
     source = describe_source(config.data, settings.data_dir)
     layers = summarize_model(config.model, source.image_shape, len(source.class_names))
     images = train_count(config.data, settings.data_dir)
@@ -213,6 +241,8 @@ def _describe_run(resolved: ResolvedConfig, settings: Settings, *, as_json: bool
         "runs_dir": str(settings.runs_dir),
         "wandb": {"mode": mode, "reason": reason},
     }
+    if seeds is not None:
+        facts |= describe_seeds(config, seeds, together, device_plan, facts["num_parameters"])
     if as_json:
         typer.echo(json.dumps(facts))
         return
@@ -238,6 +268,8 @@ def _describe_run(resolved: ResolvedConfig, settings: Settings, *, as_json: bool
         "runs folder": str(facts["runs_dir"]),
         "W&B": f"{mode} ({reason})",
     }
+    if seeds is not None:
+        lines |= {"runs": str(facts["runs"]), "group": facts["group"]}
     for key, value in lines.items():
         console.print(f"{key:<16} {value}")
 
