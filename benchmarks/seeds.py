@@ -1,12 +1,12 @@
 """Do seeds train faster together than one after the other? Training steps only, on copied digits.
 
-    uv run python benchmarks/seeds.py [--device cpu] [--seeds 5 10] [--repeats 3] [linear cnn_small …]
+    uv run python benchmarks/seeds.py [--device cpu] [--seeds 5 10] [--repeats 3] [linear …]
 
 Both sides are the program's own loops (`train` and `train_together`) on the same configuration, in
-fp32, and in turns, so that a drift of the machine meets both alike. A case is `--seconds` of steps of
-one seed (3 to 250 steps, within one epoch). Printed are medians: milliseconds of one step of all seeds, and the ratio
-(above 1: together is faster). The load that other processes put on the machine is reported: it makes
-the times worthless, and the ratios uncertain.
+fp32, and in turns, so that a drift of the machine meets both alike. A case is `--seconds` of steps
+of one seed (3 to 250 steps, within one epoch). Printed are medians: milliseconds of one step of all
+seeds, and the ratio (above 1: together is faster). The load that other processes put on the machine
+is reported: it makes the times worthless, and the ratios uncertain.
 """
 
 from __future__ import annotations

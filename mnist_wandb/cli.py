@@ -22,6 +22,7 @@ from mnist_wandb.commands_seeds import (
     TogetherOption,
     check_seed_options,
     describe_seeds,
+    seed_lines,
     train_seeds,
 )
 from mnist_wandb.commands_sweep import sweep_app
@@ -54,6 +55,7 @@ from mnist_wandb.sweepschema import sweep_schema
 
 if TYPE_CHECKING:
     from mnist_wandb.metrics import EvalResult
+    from mnist_wandb.models import LayerRow
     from mnist_wandb.runs import RunFolder
 
 # Newer releases of Typer carry their own copy of click: the class is taken from Typer's.
@@ -204,25 +206,18 @@ def _train(
     return EXIT_DONE
 
 
-def _describe_run(
-    resolved: ResolvedConfig,
-    settings: Settings,
-    *,
-    seeds: int | None,
-    together: str | None,
-    as_json: bool,
-) -> None:
-    """The validated configuration and what it would do."""
+def _plan_run(
+    resolved: ResolvedConfig, settings: Settings, seeds: int | None, together: str | None
+) -> tuple[dict[str, Any], list[LayerRow]]:
+    """What the validated configuration would do, and the layers of its model."""
     from mnist_wandb.data import train_count
     from mnist_wandb.device import choose_plan
-    from mnist_wandb.display import make_console, print_rows
     from mnist_wandb.models import summarize_model
     from mnist_wandb.sources import describe_source
     from mnist_wandb.train import check_batches, count_steps
 
     config = resolved.config
-    device_plan = choose_plan(config)
-    plan = device_plan.describe()
+    plan = choose_plan(config)
     source = describe_source(config.data, settings.data_dir)
     layers = summarize_model(config.model, source.image_shape, len(source.class_names))
     images = train_count(config.data, settings.data_dir)
@@ -236,13 +231,29 @@ def _describe_run(
         "train_images": images,
         "steps_per_epoch": -(-images // config.training.batch_size),
         "total_steps": total,
-        "plan": plan,
+        "plan": plan.describe(),
         "data_dir": str(config.data.dir or settings.data_dir),
         "runs_dir": str(settings.runs_dir),
         "wandb": {"mode": mode, "reason": reason},
     }
     if seeds is not None:
-        facts |= describe_seeds(config, seeds, together, device_plan, facts["num_parameters"])
+        facts |= describe_seeds(config, seeds, together, plan, facts["num_parameters"])
+    return facts, layers
+
+
+def _describe_run(
+    resolved: ResolvedConfig,
+    settings: Settings,
+    *,
+    seeds: int | None,
+    together: str | None,
+    as_json: bool,
+) -> None:
+    """The validated configuration and what it would do."""
+    from mnist_wandb.display import make_console, print_rows
+
+    config = resolved.config
+    facts, layers = _plan_run(resolved, settings, seeds, together)
     if as_json:
         typer.echo(json.dumps(facts))
         return
@@ -258,18 +269,19 @@ def _describe_run(
         for layer in layers
     ]
     print_rows(console, ("layer", "type", "output", "parameters"), rows, title=config.model.name)
+    plan = facts["plan"]
     lines = {
         "parameters": f"{facts['num_parameters']:,}",
-        "training images": f"{images:,}",
-        "steps": f"{facts['steps_per_epoch']:,} per epoch, {total:,} in all",
+        "training images": f"{facts['train_images']:,}",
+        "steps": f"{facts['steps_per_epoch']:,} per epoch, {facts['total_steps']:,} in all",
         "device": f"{plan['device']} ({plan['device_reason']}), {plan['num_threads']} threads",
         "precision": f"{plan['precision']}, {plan['memory_format']}, compile: {plan['compile']}",
         "data folder": str(facts["data_dir"]),
         "runs folder": str(facts["runs_dir"]),
-        "W&B": f"{mode} ({reason})",
+        "W&B": f"{facts['wandb']['mode']} ({facts['wandb']['reason']})",
     }
     if seeds is not None:
-        lines |= {"runs": str(facts["runs"]), "group": facts["group"]}
+        lines |= seed_lines(facts)
     for key, value in lines.items():
         console.print(f"{key:<16} {value}")
 

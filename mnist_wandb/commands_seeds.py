@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
 import typer
@@ -54,15 +54,23 @@ def describe_seeds(
     from mnist_wandb.seeds import choose_together
 
     chosen, reason = choose_together(together or "auto", config, plan, num_parameters)
-    how = f"{'together' if chosen else 'one after the other'} ({reason})"
-    last = config.seed + seeds - 1
-    names = f"seed {last}" if seeds == 1 else f"seeds {config.seed} to {last}, {how}"
     return {
-        "runs": f"{seeds}: {names}",
-        "seeds": list(range(config.seed, last + 1)),
+        "runs": seeds,
+        "seeds": list(range(config.seed, config.seed + seeds)),
         "group": config.tracking.group,
         "together": chosen and seeds > 1,
+        "together_reason": reason,
     }
+
+
+def seed_lines(facts: Mapping[str, Any]) -> dict[str, str]:
+    """The same for people, by title."""
+    seeds = facts["seeds"]
+    how = "together" if facts["together"] else "one after the other"
+    names = f"seeds {seeds[0]} to {seeds[-1]}, {how} ({facts['together_reason']})"
+    if len(seeds) == 1:
+        names = f"seed {seeds[0]}"
+    return {"runs": f"{facts['runs']}: {names}", "group": facts["group"]}
 
 
 def train_seeds(

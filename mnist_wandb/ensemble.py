@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +37,7 @@ from mnist_wandb.train import (
 
 log = logging.getLogger(__name__)
 
-CPU_PARAMETERS = 150_000
+CPU_PARAMETERS = 300_000
 """Linear models and MLPs up to this size train faster together on a CPU (benchmarks/seeds.py)."""
 GPU_PARAMETERS = 1_000_000
 """Up to this size a step on a GPU is taken to be mostly launches of kernels; not measured."""
@@ -176,6 +177,12 @@ class _Ensemble:
         self.orders = torch.empty(0)
         self.last_checkpoint = time.perf_counter()
 
+    @property
+    def stacks(self) -> list[_Stack]:
+        """The weights, and their means where EMA is on."""
+        averaged = self.state.averaged
+        return [self.stack] + ([] if averaged is None else [cast(_Stack, averaged.module)])
+
     def run(self) -> None:
         """Train to the end of the schedule, to the last seed's early stop or to an interruption."""
         while self.loops and self.state.step < self.total_steps:
@@ -292,9 +299,8 @@ class _Ensemble:
             for name, value in values.items():
                 if isinstance(value, Tensor) and value.shape == parameter.shape:
                     values[name] = value[rows]
-        self.stack.keep_rows(rows)
-        if self.state.averaged is not None:
-            self.state.averaged.module.keep_rows(rows)
+        for stack in self.stacks:
+            stack.keep_rows(rows)
 
     def log_training(self, lr: float, norms: Tensor | None, since: float) -> float:
         """Have each seed log its means since the last log; returns the new start time."""
@@ -355,11 +361,11 @@ class _Ensemble:
 
     def write_row(self, row: int, state: TrainingState) -> None:
         """Copy one seed's weights, averaged weights and optimizer state into its own state."""
-        self.stack.write_row(row, state.model)
-        averaged = self.state.averaged
-        if averaged is not None and state.averaged is not None:
-            averaged.module.write_row(row, state.averaged.module)
-            state.averaged.n_averaged.copy_(averaged.n_averaged)
+        own = [state.model] if state.averaged is None else [state.model, state.averaged.module]
+        for stack, model in zip(self.stacks, own, strict=True):
+            stack.write_row(row, model)
+        if state.averaged is not None and self.state.averaged is not None:
+            state.averaged.n_averaged.copy_(self.state.averaged.n_averaged)
         mine = self.state.optimizer
         for group, stacked_group in zip(
             state.optimizer.param_groups, mine.param_groups, strict=True

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from mnist_wandb.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-from mnist_wandb.config import RunConfig
+from mnist_wandb.config import ZOO, RunConfig
 from mnist_wandb.data import Splits, load_dataset
-from mnist_wandb.device import Plan, choose_plan
+from mnist_wandb.device import choose_plan
 from mnist_wandb.ensemble import pays, train_together, why_apart
-from mnist_wandb.errors import ConfigError, DivergedError
+from mnist_wandb.errors import DivergedError
 from mnist_wandb.loading import override_config, validate
 from mnist_wandb.models import build_model
 from mnist_wandb.train import (
@@ -194,3 +195,107 @@ def test_seeds_trained_together_equal_separate_runs(case: str, splits: Splits) -
     configs = configs_of(*CASES[case])
     for ours, theirs in zip(together(splits, configs), apart(splits, configs), strict=True):
         assert_alike(ours, theirs)
+
+
+def test_seeds_that_stop_early_or_diverge_leave_the_others_alone(splits: Splits) -> None:
+    configs = configs_of(MODELS["tanh"], "training.early_stopping.patience=1", "training.epochs=8")
+    alone = apart(splits, configs)
+    ends = [told.rows[-1].step for told in alone]
+    assert len(set(ends)) > 1  # they stop at different epochs
+    for ours, theirs in zip(together(splits, configs), alone, strict=True):
+        assert_alike(ours, theirs)
+
+
+@pytest.mark.parametrize("options", [(), ("training.ema_decay=0.8",), OPTIONS["clip"]])
+@pytest.mark.parametrize("optimizer", ["sgd", "nadam"])
+def test_a_seed_that_diverges_ends_there_and_the_others_go_on(
+    options: tuple[str, ...], optimizer: str, splits: Splits
+) -> None:
+    configs = configs_of(MODELS["mlp"], OPTIMIZERS[optimizer], *options)
+    alone = apart(splits, configs)
+    found = [Told(build_model(config.model, seed=config.seed)) for config in configs]
+    with torch.no_grad():
+        next(found[1].model.parameters()).mul_(1e30)
+    train_together(
+        [told.model for told in found],
+        splits,
+        configs,
+        plan=choose_plan(configs[0]),
+        emit=lambda position, event: found[position].take(event),
+    )
+    assert found[1].checkpoints == []
+    assert [event for event in found[1].events if isinstance(event, Logged)] == []
+    for position in (0, 2):
+        assert_alike(found[position], alone[position])
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw", "nadam"])
+@pytest.mark.parametrize("steps", [0, 1, 3, 9])
+def test_each_seed_goes_on_alone_from_where_all_were_stopped(
+    steps: int, optimizer: str, splits: Splits
+) -> None:
+    configs = configs_of(MODELS["cnn"], OPTIMIZERS[optimizer], "training.ema_decay=0.8")
+    asked = iter(range(1000))
+    stopped = together(splits, configs, should_stop=lambda: next(asked) >= steps)
+    for config, told, whole in zip(configs, stopped, apart(splits, configs), strict=True):
+        last, best, end_of_epoch = told.checkpoints[-1]
+        assert (last.step, best, end_of_epoch) == (steps, False, False)
+        told.result = train(told.model, splits, config, resume=last, emit=told.take)
+        assert (told.result.status, told.result.steps) == ("finished", 21)
+        assert whole.result is not None
+        assert told.result.images_used == whole.result.images_used
+        values = [row.values for row in told.rows], [row.values for row in whole.rows]
+        for ours, theirs in zip(*values, strict=True):
+            for name in ours.keys() - {"train/images_per_second"}:
+                assert ours[name] == pytest.approx(theirs[name], rel=2e-3, abs=1e-5), name
+
+
+def test_a_checkpoint_has_one_seeds_tensors_only(splits: Splits) -> None:
+    configs = configs_of(MODELS["mlp"], "training.epochs=1")
+    alone, *_ = apart(splits, configs[:1])
+    size = Path(f"{id(alone)}.pt").stat().st_size
+    for told in together(splits, configs):
+        assert abs(Path(f"{id(told)}.pt").stat().st_size - size) < size // 20
+
+
+def test_the_seconds_of_the_seeds_sum_to_those_that_have_passed(splits: Splits) -> None:
+    started = time.perf_counter()
+    found = together(splits, configs_of(MODELS["mlp"]))
+    passed = time.perf_counter() - started
+    seconds = [told.rows[-1].training_seconds for told in found]
+    assert max(seconds) == pytest.approx(min(seconds), rel=0.2)
+    assert 0 < sum(seconds) < passed
+
+
+@pytest.mark.parametrize(
+    ("overrides", "parameters", "expected"),
+    [
+        (("model.name=linear",), 7_850, True),
+        (("model.name=mlp_128",), 101_770, True),
+        (("model.name=mlp_small",), 669_706, False),
+        (("model.name=cnn_small",), 28_938, False),
+    ],
+)
+def test_auto_follows_the_measurement_on_a_cpu(
+    overrides: tuple[str, ...], parameters: int, expected: bool
+) -> None:
+    config = override_config(BASE, overrides)
+    assert pays(config, choose_plan(config), parameters)[0] is expected
+
+
+def test_auto_takes_small_nets_on_a_gpu_and_none_on_mps() -> None:
+    config = override_config(BASE, ("model.name=cnn_small",))
+    for device, parameters, expected in (
+        ("cuda:0", 28_938, True),
+        ("cuda:0", 1_199_882, False),
+        ("mps", 28_938, False),
+    ):
+        plan = replace(choose_plan(config), device=torch.device(device))
+        assert pays(config, plan, parameters)[0] is expected
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_why_apart_names_all_that_is_not_exact(name: str) -> None:
+    config = override_config(BASE, (f"model.name={name}",))
+    reason = why_apart(config, choose_plan(config))
+    assert (reason is None) == (name not in ("mlp_dropout", "cnn_batchnorm", "resnet"))
