@@ -27,6 +27,7 @@ _HOMES = {
     "load_dataset": "data",
     "load_settings": "settings",
     "run_experiment": "experiment",
+    "run_seeds": "seeds",
     "train": "train",
 }
 
@@ -45,6 +46,7 @@ __all__ = [
     "load_dataset",
     "load_settings",
     "run_experiment",
+    "run_seeds",
     "train",
 ]
 
@@ -59,6 +61,7 @@ if TYPE_CHECKING:
     from mnist_wandb.metrics import EvalResult
     from mnist_wandb.models import build_model
     from mnist_wandb.runs import RunFolder
+    from mnist_wandb.seeds import run_seeds
     from mnist_wandb.settings import load_settings
     from mnist_wandb.train import train
 

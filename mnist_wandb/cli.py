@@ -9,6 +9,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,6 +17,14 @@ import typer
 
 from mnist_wandb import __version__, commands_compare, commands_lab
 from mnist_wandb.background import note_client_is_busy
+from mnist_wandb.commands_seeds import (
+    SeedsOption,
+    TogetherOption,
+    check_seed_options,
+    describe_seeds,
+    seed_lines,
+    train_seeds,
+)
 from mnist_wandb.commands_sweep import sweep_app
 from mnist_wandb.config import RunConfig
 from mnist_wandb.errors import ConfigError, DivergedError, MnistWandbError
@@ -45,6 +54,7 @@ from mnist_wandb.sweepschema import sweep_schema
 
 if TYPE_CHECKING:
     from mnist_wandb.metrics import EvalResult
+    from mnist_wandb.models import LayerRow
     from mnist_wandb.runs import RunFolder
 
 # Newer releases of Typer carry their own copy of click: the class is taken from Typer's.
@@ -101,6 +111,8 @@ def run(
         str | None,
         typer.Option(metavar="RUN", help="Continue a stopped run (its folder, id, or latest)."),
     ] = None,
+    seeds: SeedsOption = None,
+    together: TogetherOption = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Validate and describe; train nothing.")
     ] = False,
@@ -109,6 +121,7 @@ def run(
 ) -> int:
     """Train one configuration: [--config NAME|FILE] [section.field=value ...]."""
     settings = load_settings()
+    check_seed_options(seeds, together, resume=resume)
     folder: RunFolder | None
     if resume is not None:
         from mnist_wandb.runs import RunFolder
@@ -123,10 +136,20 @@ def run(
         resolved = ResolvedConfig(folder.read_config(), preset, {})
     else:
         resolved = resolve_config(config, context.args, sweep_parameters=settings.sweep_parameters)
+        if seeds is not None:
+            from mnist_wandb.seedgroup import seed_configs
+
+            group = seed_configs(resolved.config, seeds, settings)
+            resolved = replace(resolved, config=group[0])
         folder = _find_requeued(resolved.config, settings)
     if dry_run:
-        _describe_run(resolved, settings, as_json=as_json)
+        _describe_run(resolved, settings, seeds=seeds, together=together, as_json=as_json)
         return EXIT_DONE
+    if seeds is not None:
+        words = ["mnist-wandb", "run", *(["--config", config] if config else []), *context.args]
+        return train_seeds(
+            resolved, settings, seeds, together or "auto", words, as_json=as_json, quiet=quiet
+        )
     return _train(resolved, settings, folder, as_json=as_json, quiet=quiet)
 
 
@@ -184,17 +207,18 @@ def _train(
     return EXIT_DONE
 
 
-def _describe_run(resolved: ResolvedConfig, settings: Settings, *, as_json: bool) -> None:
-    """The validated configuration and what it would do."""
+def _plan_run(
+    resolved: ResolvedConfig, settings: Settings, seeds: int | None, together: str | None
+) -> tuple[dict[str, Any], list[LayerRow]]:
+    """What the validated configuration would do, and the layers of its model."""
     from mnist_wandb.data import train_count
     from mnist_wandb.device import choose_plan
-    from mnist_wandb.display import make_console, print_rows
     from mnist_wandb.models import summarize_model
     from mnist_wandb.sources import describe_source
     from mnist_wandb.train import check_batches, count_steps
 
     config = resolved.config
-    plan = choose_plan(config).describe()
+    plan = choose_plan(config)
     source = describe_source(config.data, settings.data_dir)
     layers = summarize_model(config.model, source.image_shape, len(source.class_names))
     images = train_count(config.data, settings.data_dir)
@@ -208,11 +232,29 @@ def _describe_run(resolved: ResolvedConfig, settings: Settings, *, as_json: bool
         "train_images": images,
         "steps_per_epoch": -(-images // config.training.batch_size),
         "total_steps": total,
-        "plan": plan,
+        "plan": plan.describe(),
         "data_dir": str(config.data.dir or settings.data_dir),
         "runs_dir": str(settings.runs_dir),
         "wandb": {"mode": mode, "reason": reason},
     }
+    if seeds is not None:
+        facts |= describe_seeds(config, seeds, together, plan, facts["num_parameters"])
+    return facts, layers
+
+
+def _describe_run(
+    resolved: ResolvedConfig,
+    settings: Settings,
+    *,
+    seeds: int | None,
+    together: str | None,
+    as_json: bool,
+) -> None:
+    """The validated configuration and what it would do."""
+    from mnist_wandb.display import make_console, print_rows
+
+    config = resolved.config
+    facts, layers = _plan_run(resolved, settings, seeds, together)
     if as_json:
         typer.echo(json.dumps(facts))
         return
@@ -228,18 +270,21 @@ def _describe_run(resolved: ResolvedConfig, settings: Settings, *, as_json: bool
         for layer in layers
     ]
     print_rows(console, ("layer", "type", "output", "parameters"), rows, title=config.model.name)
+    plan = facts["plan"]
     lines = {
         "parameters": f"{facts['num_parameters']:,}",
-        "training images": f"{images:,}",
-        "steps": f"{facts['steps_per_epoch']:,} per epoch, {total:,} in all",
+        "training images": f"{facts['train_images']:,}",
+        "steps": f"{facts['steps_per_epoch']:,} per epoch, {facts['total_steps']:,} in all",
         "device": f"{plan['device']} ({plan['device_reason']}), {plan['num_threads']} threads",
         "precision": f"{plan['precision']}, {plan['memory_format']}, compile: {plan['compile']}",
         "optimizer step": f"{plan['optimizer_step']}",
         "freed memory": f"{plan['allocator']}",
         "data folder": str(facts["data_dir"]),
         "runs folder": str(facts["runs_dir"]),
-        "W&B": f"{mode} ({reason})",
+        "W&B": f"{facts['wandb']['mode']} ({facts['wandb']['reason']})",
     }
+    if seeds is not None:
+        lines |= seed_lines(facts)
     for key, value in lines.items():
         console.print(f"{key:<16} {value}")
 

@@ -21,6 +21,7 @@ if TYPE_CHECKING:  # some import NumPy, which `configs` does without
     from mnist_wandb.compare import Comparison
     from mnist_wandb.metrics import EvalResult
     from mnist_wandb.runs import RunSummary
+    from mnist_wandb.seedgroup import SeedsResult
     from mnist_wandb.study import TrialRecord
     from mnist_wandb.sweep import SweepProgress, WorkerState
     from mnist_wandb.sweep_worker import Ended, Said
@@ -291,6 +292,42 @@ def print_comparison(console: Console, messages: Console, comparison: Comparison
         messages.print(f"left out: {item.run}: {item.status}: {item.reason}")
     for warning in comparison.warnings:
         messages.print(f"warning: {warning}")
+
+
+def print_seeds(console: Console, result: SeedsResult) -> None:
+    """Print the runs of several seeds, and what their final values are together."""
+    from mnist_wandb.runs import RunFolder
+
+    rows = [
+        (
+            str(run.seed),
+            run.status,
+            *(
+                _show_metric(run.metrics.get(name))
+                for name in ("best/val_accuracy", "test/accuracy")
+            ),
+            f"{run.training_seconds:.1f}",
+            RunFolder(Path(run.run_dir)).run_id or "–",
+        )
+        for run in result.runs
+    ]
+    columns = ("seed", "status", "best/val_accuracy", "test/accuracy", "seconds", "run")
+    print_rows(console, columns, rows, title=f"group {result.group}: {result.status}")
+    means = [
+        (
+            name,
+            f"{sample.mean:.4f}",
+            _show_metric(sample.std),
+            "–" if sample.low is None else f"{sample.low:.4f}–{sample.high:.4f}",
+            str(sample.n),
+        )
+        for name, sample in result.metrics.items()
+    ]
+    print_rows(console, ("metric", "mean", "std", "95 % interval", "n"), means)
+
+
+def _show_metric(value: float | None) -> str:
+    return "–" if value is None else f"{value:.4f}"
 
 
 def print_metrics(console: Console, title: str, metrics: dict[str, float]) -> None:

@@ -27,7 +27,7 @@ from mnist_wandb.evaluate import evaluate
 from mnist_wandb.metrics import EvalResult
 from mnist_wandb.models import build_model, count_parameters
 from mnist_wandb.remote import is_stopped, wait_for_upload
-from mnist_wandb.runs import Recorder, RunFolder, RunSummary
+from mnist_wandb.runs import Confusion, Recorder, RunFolder, RunSummary
 from mnist_wandb.settings import Settings
 from mnist_wandb.tracking import project_name, start_wandb
 from mnist_wandb.train import CheckpointReady, Event, Logged, Validated, check_batches, train
@@ -71,6 +71,8 @@ def run_experiment(
     *,
     preset: str = "",
     resume: RunFolder | None = None,
+    splits: Splits | None = None,
+    confusions: Mapping[int, Confusion] | None = None,
     command: Sequence[str] = (),
     emit: Callable[[Event], None] = lambda event: None,
     should_stop: Callable[[], bool] = lambda: False,
@@ -83,6 +85,9 @@ def run_experiment(
         settings: the surroundings; see `load_settings`.
         preset: where the configuration is from.
         resume: an unfinished run to continue instead of starting a new one; `config` is its own.
+        splits: the configuration's data on its device, where they are loaded already.
+        confusions: validation confusion matrices by step, which go to W&B with the rows that
+            `resume` has already.
         command: command line, for the record.
         emit: gets each event of training, after it has been recorded.
         should_stop: asked after each step; true ends the run as `interrupted`.
@@ -99,14 +104,15 @@ def run_experiment(
     """
     started = time.perf_counter()
     plan = choose_plan(config)
-    log.info("device: %s (%s)", plan.device, plan.reason)
-    splits = load_dataset(config.data, data_dir=settings.data_dir, device=plan.device)
+    if splits is None:
+        log.info("device: %s (%s)", plan.device, plan.reason)
+        splits = load_dataset(config.data, data_dir=settings.data_dir, device=plan.device)
     check_batches(config, len(splits.train))
     model = build_model(config.model, splits.image_shape, len(splits.class_names), seed=config.seed)
-    with _open_folder(config, settings, preset, resume, count_parameters(model)) as folder:
+    with open_folder(config, settings, preset, resume, count_parameters(model)) as folder:
         checkpoint = None
         if resume is None:
-            facts = _describe_environment(config, plan, splits, settings, preset, command)
+            facts = describe_environment(config, plan, splits, settings, preset, command)
             folder.write_environment(facts)
         else:
             checkpoint = _load_last(folder, splits)
@@ -115,6 +121,7 @@ def run_experiment(
         session = _Session(config, settings, folder, plan, splits, preset, started)
         session.num_parameters = count_parameters(model)
         session.is_preempted = is_preempted
+        session.confusions = confusions
         return session.run(model, checkpoint, emit, should_stop)
 
 
@@ -134,6 +141,7 @@ class _Session:
         self.config, self.folder, self.plan, self.splits = config, folder, plan, splits
         self.settings, self.preset, self.started = settings, preset, started
         self.is_preempted: Callable[[], bool] = lambda: False
+        self.confusions: Mapping[int, Confusion] | None = None
         self.num_parameters = 0
         self.step, self.epoch = 0, 0.0
         self.training_seconds, self.images_used = 0.0, 0
@@ -153,7 +161,8 @@ class _Session:
         if self.folder.metrics_path.exists():
             self.folder.truncate_metrics(self.step)
         self.folder.summary_path.unlink(missing_ok=True)
-        self.recorder = Recorder(self.folder, [self.wandb] if self.wandb else [])
+        sinks = [self.wandb] if self.wandb else []
+        self.recorder = Recorder(self.folder, sinks, confusions=self.confusions)
         arrays = {}
         if self.wandb is not None:
             entity, project, _ = self.wandb.path.split("/")  # a sweep or the server decides
@@ -242,9 +251,8 @@ class _Session:
                 self.step, self.epoch = step, epoch
                 self.training_seconds, self.images_used = training_seconds, images_used
             case Validated(step, epoch, result, improved) if improved:
-                row = {"step": step, "epoch": epoch}
-                names = result.class_names
-                self.recorder.forward("log_confusion", "val", row, result.confusion, names)
+                found = result.confusion, result.class_names
+                self.recorder.log_confusion("val", step, epoch, found)
             case CheckpointReady(checkpoint, best, end_of_epoch):
                 self.save(checkpoint, best=best, end_of_epoch=end_of_epoch)
 
@@ -252,10 +260,7 @@ class _Session:
         """Write last.pt, and best.pt where the weights are the best so far."""
         if checkpoint.training is not None:
             checkpoint.training["total_seconds"] = self.total_seconds
-        if best:
-            best_checkpoint = replace(checkpoint, training=None, metrics=self.recorder.final)
-            save_checkpoint(best_checkpoint, self.folder.checkpoint_path("best"))
-        save_checkpoint(checkpoint, self.folder.checkpoint_path("last"))
+        write_checkpoint(self.folder, checkpoint, self.recorder.final, best=best)
         if end_of_epoch and self.config.tracking.log_model == "every_epoch":
             name = f"epoch-{checkpoint.epoch:g}"
             path = self.folder.checkpoint_path(name)
@@ -361,7 +366,7 @@ class _Session:
 
 
 @contextmanager
-def _open_folder(
+def open_folder(
     config: RunConfig,
     settings: Settings,
     preset: str,
@@ -389,6 +394,16 @@ def _open_folder(
     finally:
         if lock is not None:
             lock.release()
+
+
+def write_checkpoint(
+    folder: RunFolder, checkpoint: Checkpoint, scores: Mapping[str, float], *, best: bool
+) -> None:
+    """Write last.pt, and with the scores so far best.pt where the weights are the best so far."""
+    if best:
+        best_checkpoint = replace(checkpoint, training=None, metrics=dict(scores))
+        save_checkpoint(best_checkpoint, folder.checkpoint_path("best"))
+    save_checkpoint(checkpoint, folder.checkpoint_path("last"))
 
 
 def _load_last(folder: RunFolder, splits: Splits) -> Checkpoint | None:
@@ -422,7 +437,7 @@ def _compare_environment(folder: RunFolder, plan: Plan) -> None:
             )  # fmt: skip
 
 
-def _describe_environment(
+def describe_environment(
     config: RunConfig,
     plan: Plan,
     splits: Splits,
@@ -430,6 +445,7 @@ def _describe_environment(
     preset: str,
     command: Sequence[str],
 ) -> dict[str, Any]:
+    """What `environment.json` holds at the start of a run."""
     return {
         "preset": preset,
         "command": list(command),

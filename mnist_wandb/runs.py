@@ -23,11 +23,13 @@ from filelock import FileLock, Timeout
 from mnist_wandb.config import RunConfig
 from mnist_wandb.errors import CheckpointError, ConfigError, RunError
 from mnist_wandb.loading import load_config, to_yaml
-from mnist_wandb.metrics import EvalResult
+from mnist_wandb.metrics import EvalResult, Ints
 
 log = logging.getLogger(__name__)
 
 Row = dict[str, float]
+Confusion = tuple[Ints, tuple[str, ...]]
+"""A confusion matrix, int64 (C, C) with true classes as rows, and the C class names."""
 
 SPARE_BYTES = 32 * 2**20
 """Free space asked for beside the checkpoints: metrics, tables and the W&B record."""
@@ -374,7 +376,20 @@ class Sink(Protocol):
 class Recorder:
     """Writes each value into the run folder first, then forwards it to the sinks."""
 
-    def __init__(self, folder: RunFolder, sinks: Iterable[Sink] = ()) -> None:
+    def __init__(
+        self,
+        folder: RunFolder,
+        sinks: Iterable[Sink] = (),
+        *,
+        confusions: Mapping[int, Confusion] | None = None,
+    ) -> None:
+        """Open the record; the sinks get what it has already.
+
+        Args:
+            folder: of the run.
+            sinks: where to forward to.
+            confusions: validation confusion matrices by step, for the sinks only.
+        """
         self.folder = folder
         self.sinks = list(sinks)
         self.has_failed = False
@@ -382,6 +397,8 @@ class Recorder:
         for row in folder.read_metrics():  # a resumed run has rows already
             self._remember(row)
             self.forward("log", row)
+            if "val/loss" in row and (found := (confusions or {}).get(int(row["step"]))):
+                self.log_confusion("val", row["step"], row["epoch"], found)
 
     def log(self, step: int, epoch: float, values: Mapping[str, float]) -> None:
         """Record one event."""
@@ -389,6 +406,10 @@ class Recorder:
         self.folder.append_metrics(row)
         self._remember(row)
         self.forward("log", row)
+
+    def log_confusion(self, split: str, step: float, epoch: float, found: Confusion) -> None:
+        """Show the sinks a confusion matrix; it belongs to the latest row."""
+        self.forward("log_confusion", split, {"step": step, "epoch": epoch}, *found)
 
     def forward(self, method: str, *arguments: Any) -> None:
         """Call a method of every sink; what fails there is left out, with one warning.

@@ -251,14 +251,7 @@ def train(
         plan = choose_plan(config.model_copy(update={"device": name}))
     if plan.device.type != device.type:
         raise ConfigError(f"device: the data lie on {device}, the plan is for {plan.device}")
-    model.to(plan.device)
-    if plan.channels_last:
-        model.to(memory_format=torch.channels_last)
-    averaged = None
-    if config.training.ema_decay is not None:
-        average = get_ema_multi_avg_fn(config.training.ema_decay)  # type: ignore[no-untyped-call]
-        averaged = AveragedModel(model, multi_avg_fn=average, use_buffers=True)
-    state = TrainingState(model, make_optimizer(config.optimizer, model), averaged)
+    state = make_state(model, config, plan)
     torch.manual_seed(config.seed)
     if resume is not None:
         if resume.training is None:
@@ -270,7 +263,19 @@ def train(
             )
         state.load_state_dict(resume.training, plan.device)
     with deterministic_mode(config.training.deterministic):
-        return _Loop(state, splits, config, plan, emit, should_stop).run()
+        return Loop(state, splits, config, plan, emit, should_stop).run()
+
+
+def make_state(model: nn.Module, config: RunConfig, plan: Plan) -> TrainingState:
+    """The state before the first step; moves the model to the plan's device."""
+    model.to(plan.device)
+    if plan.channels_last:
+        model.to(memory_format=torch.channels_last)
+    averaged = None
+    if config.training.ema_decay is not None:
+        average = get_ema_multi_avg_fn(config.training.ema_decay)  # type: ignore[no-untyped-call]
+        averaged = AveragedModel(model, multi_avg_fn=average, use_buffers=True)
+    return TrainingState(model, make_optimizer(config.optimizer, model), averaged)
 
 
 def check_batches(config: RunConfig, num_images: int) -> None:
@@ -300,8 +305,11 @@ def _normalises_single_values(config: RunConfig) -> bool:
     return False
 
 
-class _Loop:
-    """One training run: fixed things as attributes, changing things in `state`."""
+class Loop:
+    """One training run: fixed things as attributes, changing things in `state`.
+
+    `train` runs one. Several that ensemble.py steps together log, validate and save by themselves.
+    """
 
     def __init__(
         self,

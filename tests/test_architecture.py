@@ -24,6 +24,7 @@ ROWS = [
     ("runs",),
     ("records", "background", "study"),
     ("compare",),
+    ("seedgroup",),
     ("augment", "pictures", "idx", "models", "optim", "tracking", "drawing"),
     ("device", "folders", "jobs"),
     ("sources",),
@@ -31,11 +32,11 @@ ROWS = [
     ("checkpoint", "remote", "gallery"),
     ("evaluate", "onnx_export", "report"),
     ("train",),
-    ("experiment", "explore", "checks"),
-    ("sync", "sweep_worker"),
+    ("ensemble", "experiment", "explore", "checks"),
+    ("seeds", "sync", "sweep_worker"),
     ("sweep",),
     ("display",),
-    ("commands_compare", "commands_lab", "commands_sweep"),
+    ("commands_compare", "commands_lab", "commands_seeds", "commands_sweep"),
     ("cli",),
 ]
 """A module imports from earlier rows only, never sideways."""
@@ -61,13 +62,22 @@ LIGHT = (
     "compare",
     "commands_compare",
     "commands_lab",
+    "commands_seeds",
     "commands_sweep",
+    "seedgroup",
     "cli",
 )
 """Imported without torch and wandb, so that help and configuration errors come at once."""
 HOMES = {
     "wandb": {"tracking", "remote"},
-    "typer": {"cli", "commands_compare", "commands_lab", "commands_sweep", "options"},
+    "typer": {
+        "cli",
+        "commands_compare",
+        "commands_lab",
+        "commands_seeds",
+        "commands_sweep",
+        "options",
+    },
     "rich": {"cli", "display"},
     "jinja2": {"report"},
     "vl_convert": {"report"},
