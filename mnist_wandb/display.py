@@ -65,6 +65,11 @@ def show_log_lines(console: Console, *, quiet: bool = False) -> None:
     logger.handlers = [LogLines(console)]  # one, however often this is called in one process
 
 
+def hide_log_lines() -> None:
+    """Show none of the package's log messages: another process shows its own."""
+    logging.getLogger("mnist_wandb").setLevel(logging.CRITICAL + 1)
+
+
 class TrainingDisplay:
     """A live bar per epoch on a terminal, and one plain line per epoch everywhere.
 

@@ -19,6 +19,7 @@ from mnist_wandb.device import choose_plan, deterministic_mode
 from mnist_wandb.errors import CheckpointError, ConfigError
 from mnist_wandb.metrics import EvalResult
 from mnist_wandb.pictures import read_picture
+from mnist_wandb.ranks import ONE, Ranks
 
 log = logging.getLogger(__name__)
 
@@ -94,6 +95,7 @@ def evaluate(
     batch_size: int = EVAL_BATCH_SIZE,
     precision: str = "fp32",
     channels_last: bool = False,
+    ranks: Ranks = ONE,
 ) -> EvalResult:
     """Score a model on every image of a split, once, in eval mode.
 
@@ -105,18 +107,20 @@ def evaluate(
         batch_size: images per forward pass.
         precision: "fp32" or "bf16" (autocast).
         channels_last: lay the batch out channels-last.
+        ranks: the processes that share the images; each gets the scores of all of them.
 
     Returns:
         Loss (a true mean over images), probabilities and everything that follows from them.
     """
     logits = predict_logits(
         model,
-        split.images,
+        ranks.part(split.images),
         preprocessing,
         batch_size=batch_size,
         precision=precision,
         channels_last=channels_last,
     )
+    logits = ranks.gather(logits, len(split))
     return EvalResult(
         loss=float(compute_loss(logits, split.labels, loss)),
         probabilities=logits.softmax(dim=1).cpu().numpy(),

@@ -230,6 +230,8 @@ def describe_machine(record: RunRecord) -> str:
     """What a run's speed depends on: the GPU, or the processor and the number of threads."""
     found = record.environment
     device = str(found.get("device_name") or found.get("device") or "unknown")
+    if found.get("num_processes", 1) > 1:
+        device = f"{found['num_processes']} × {device}"
     if found.get("device") != "cpu":
         return device
     threads = found.get("num_threads", "unknown")

@@ -24,7 +24,7 @@ ROWS = [
     ("runs",),
     ("records", "background", "study"),
     ("compare",),
-    ("device", "augment", "pictures", "idx", "models", "optim", "tracking", "drawing"),
+    ("device", "ranks", "augment", "pictures", "idx", "models", "optim", "tracking", "drawing"),
     ("folders", "jobs"),
     ("sources",),
     ("data",),
