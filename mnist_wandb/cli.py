@@ -118,7 +118,10 @@ def run(
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> int:
-    """Train one configuration: [--config NAME|FILE] [section.field=value ...]."""
+    """Train one configuration: [--config NAME|FILE] [section.field=value ...].
+
+    Several devices: torchrun --nproc-per-node=N -m mnist_wandb run ...
+    """
     settings = load_settings()
     folder: RunFolder | None
     if resume is not None:
@@ -245,13 +248,8 @@ def _describe_run(resolved: ResolvedConfig, settings: Settings, *, as_json: bool
     console = make_console()
     console.print(to_yaml(config, resolved.origins))
     rows = [
-        (
-            layer.path,
-            layer.kind,
-            "×".join(map(str, layer.output_shape)),
-            f"{layer.num_parameters:,}",
-        )
-        for layer in layers
+        (row.path, row.kind, "×".join(map(str, row.output_shape)), f"{row.num_parameters:,}")
+        for row in layers
     ]
     print_rows(console, ("layer", "type", "output", "parameters"), rows, title=config.model.name)
     lines = {
@@ -259,7 +257,7 @@ def _describe_run(resolved: ResolvedConfig, settings: Settings, *, as_json: bool
         "training images": f"{images:,}",
         "steps": f"{facts['steps_per_epoch']:,} per epoch, {total:,} in all",
         "device": f"{plan['device']} ({plan['device_reason']}), {plan['num_threads']} threads",
-        "processes": f"{num_processes}",
+        "processes": str(num_processes),
         "precision": f"{plan['precision']}, {plan['memory_format']}, compile: {plan['compile']}",
         "data folder": str(facts["data_dir"]),
         "runs folder": str(facts["runs_dir"]),

@@ -217,7 +217,9 @@ def next_commands(summary: RunSummary) -> list[str]:
     folder = shlex.quote(summary.run_dir)
     lines = record_lines(Path(summary.run_dir), summary.wandb)
     if summary.status == "interrupted":
-        lines.append(f"go on       mnist-wandb run --resume {folder}")
+        several = summary.num_processes > 1
+        program = "torchrun … -m mnist_wandb" if several else "mnist-wandb"
+        lines.append(f"go on       {program} run --resume {folder}")
     else:
         lines.append(f"use it      mnist-wandb predict {folder} PICTURE...")
     return lines

@@ -98,9 +98,11 @@ class Ranks:
         """Seed what is drawn in a step, differently in each process."""
 
     def scale(self, loss: Tensor) -> Tensor:
-        """Weight the mean loss of the batch at hand: averaged over the processes, it and its
-        gradient are those of the mean over the images of the whole batch.
-        """  # noqa: D205
+        """Weight the mean loss of the batch at hand by this process's share of the whole batch.
+
+        Averaged over the processes, as DDP averages gradients, the result is the mean over the
+        images of the whole batch.
+        """
         return loss
 
     def weigh(self, loss: Tensor, hits: Tensor, size: int) -> StepMetrics:
@@ -149,7 +151,8 @@ def join_ranks(launch: Launch | None) -> Iterator[Ranks]:
         return
     group = RankGroup(launch)
     try:
-        yield group
+        with group.guard(""):  # inside of it another one knows the run folder
+            yield group
     except BaseException as error:
         group.announce(error)
         raise
@@ -186,14 +189,16 @@ class RankGroup(Ranks):
         self.launch, self.rank, self.size = launch, launch.rank, launch.size
         self.run_dir = ""
         share_cores(launch)
-        store, _, _ = next(
-            rendezvous(
-                "env://",
-                rank=launch.rank,
-                world_size=launch.size,
-                timeout=timedelta(seconds=COLLECTIVE_SECONDS),
+        timeout = timedelta(seconds=COLLECTIVE_SECONDS)
+        try:
+            store, _, _ = next(
+                rendezvous("env://", rank=launch.rank, world_size=launch.size, timeout=timeout)
             )
-        )
+        except RuntimeError as error:
+            reason = " ".join(str(error).split())[:200]
+            raise LostProcessError(
+                f"the store of torchrun (MASTER_ADDR, MASTER_PORT) does not answer: {reason}"
+            ) from None
         self.store = _named(f"mnist-wandb/{next(_joined)}", store)
         # The batch at hand: its size over all processes, this one's share, and its weight.
         self.batch_size, self.num_taken, self.weight = 0, 0, 0.0

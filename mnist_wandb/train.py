@@ -260,10 +260,7 @@ def train(
     if plan.channels_last:
         model.to(memory_format=torch.channels_last)
     model = ranks.prepare(model)
-    averaged = None
-    if config.training.ema_decay is not None:
-        average = get_ema_multi_avg_fn(config.training.ema_decay)  # type: ignore[no-untyped-call]
-        averaged = AveragedModel(model, multi_avg_fn=average, use_buffers=True)
+    averaged = _make_average(config, model)
     state = TrainingState(model, make_optimizer(config.optimizer, model), averaged)
     torch.manual_seed(config.seed)
     if resume is not None:
@@ -277,6 +274,13 @@ def train(
         state.load_state_dict(resume.training, plan.device)
     with deterministic_mode(config.training.deterministic):
         return _Loop(state, splits, config, plan, emit, should_stop, ranks).run()
+
+
+def _make_average(config: RunConfig, model: nn.Module) -> AveragedModel | None:
+    if config.training.ema_decay is None:
+        return None
+    average = get_ema_multi_avg_fn(config.training.ema_decay)  # type: ignore[no-untyped-call]
+    return AveragedModel(model, multi_avg_fn=average, use_buffers=True)
 
 
 def check_batches(config: RunConfig, num_images: int, num_processes: int = 1) -> None:

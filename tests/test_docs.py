@@ -39,10 +39,12 @@ def test_every_command_of_the_readme_runs_as_written(mnist_like: Path) -> None:
     assert len(ran) > 10
     folder = Path("bin")
     folder.mkdir()
-    (folder / "mnist-wandb").write_text(
-        f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -m mnist_wandb "$@"\n'
-    )
-    (folder / "mnist-wandb").chmod(0o755)
+    programs = {"mnist-wandb": "mnist_wandb", "torchrun": "torch.distributed.run"}
+    for name, module in programs.items():
+        (folder / name).write_text(
+            f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -m {module} "$@"\n'
+        )
+        (folder / name).chmod(0o755)
     path = f"{folder.absolute()}{os.pathsep}{os.environ['PATH']}"
     for command in ran:
         # The newest run is finished, so a second one, stopped, is what `--resume latest` finds.
