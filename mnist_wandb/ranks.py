@@ -285,8 +285,10 @@ class RankGroup(Ranks):
         """Tell the others why this process ends; the first of them to fail is heard."""
         if isinstance(error, LostProcessError):
             return
-        text = str(error) if isinstance(error, MnistWandbError) else f"{type(error).__name__}"
+        text = str(error) if isinstance(error, MnistWandbError) else type(error).__name__
         with contextlib.suppress(RuntimeError):  # the store may be gone as well
+            if self.launch.local_rank == 0:
+                self.store.set(f"said/{self.launch.machine}", "done")
             self.store.compare_set("error", "", f"{self.rank}\n{type(error).__name__}\n{text}")
 
     def read_error(self) -> MnistWandbError:

@@ -24,10 +24,10 @@ Start = Callable[..., "subprocess.Popen[str]"]
 # All randomness and all state must come back; the last batch has 1 image for 2 processes.
 EVERYTHING_ON = (
     "model.name=mlp_dropout", "data.augment.rotation_degrees=10", "training.ema_decay=0.9",
-    "training.epochs=8", "data.train_size=401", "training.batch_size=8",
+    "training.epochs=5", "data.train_size=401", "training.batch_size=8",
     "tracking.log_every_steps=7",
 )  # fmt: skip
-STEPS = 8 * 51
+STEPS = 5 * 51
 PLAIN = (
     "model.name=mlp_128", "data.augment={'rotation_degrees': 0, 'translate_pixels': 0, 'zoom': 0}",
     "training.ema_decay=0.9", "training.grad_clip_norm=1",
@@ -195,7 +195,7 @@ def test_a_killed_process_ends_all_and_the_run_goes_on_to_the_same_numbers(
     torchrun: Callable[..., Finished],
 ) -> None:
     agent = start("run", *EVERYTHING_ON, "tracking.mode=offline")
-    run = wait_for_step(150)
+    run = wait_for_step(100)
     ranks = ranks_of(agent)
     assert sorted(ranks) == [0, 1]
     os.kill(ranks[rank], signal.SIGKILL)
@@ -208,10 +208,12 @@ def test_a_killed_process_ends_all_and_the_run_goes_on_to_the_same_numbers(
         f" --resume {run}`"
     )
     assert "stopping" not in err
-    if rank == 1:
-        summary = json.loads((run / "summary.json").read_text())
-        assert summary["status"] == "failed"
-        assert "another of the 2 processes has ended" in summary["error"]
+    if rank == 0:
+        assert not (run / "summary.json").exists()
+        return
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["status"] == "failed"
+    assert "another of the 2 processes has ended" in summary["error"]
     done = torchrun("run", "--json", "--resume", run.name)
     assert done.code == 0, done.err
     summary = json.loads(done.out)
