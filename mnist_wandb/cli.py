@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -27,7 +29,7 @@ from mnist_wandb.commands_seeds import (
 )
 from mnist_wandb.commands_sweep import sweep_app
 from mnist_wandb.config import RunConfig
-from mnist_wandb.errors import ConfigError, DivergedError, MnistWandbError
+from mnist_wandb.errors import ConfigError, DivergedError, LostProcessError, MnistWandbError
 from mnist_wandb.loading import (
     PRESETS_DIR,
     ResolvedConfig,
@@ -48,7 +50,13 @@ from mnist_wandb.options import (
     ModelArgument,
     QuietOption,
 )
-from mnist_wandb.settings import Settings, choose_wandb_mode, load_settings
+from mnist_wandb.settings import (
+    Launch,
+    Settings,
+    choose_wandb_mode,
+    load_launch,
+    load_settings,
+)
 from mnist_wandb.signals import EXIT_INTERRUPTED, StoppedBeforeTraining, StopSignals
 from mnist_wandb.sweepschema import sweep_schema
 
@@ -59,6 +67,9 @@ if TYPE_CHECKING:
 
 # Newer releases of Typer carry their own copy of click: the class is taken from Typer's.
 USAGE_ERROR: Any = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
+
+LINGER_SECONDS = 10.0
+"""How long the first process of a machine has to show what is wrong before the others end."""
 
 app = typer.Typer(
     name="mnist-wandb",
@@ -119,9 +130,12 @@ def run(
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> int:
-    """Train one configuration: [--config NAME|FILE] [section.field=value ...]."""
+    """Train one configuration: [--config NAME|FILE] [section.field=value ...].
+
+    Several devices: torchrun --nproc-per-node=N -m mnist_wandb run ...
+    """
     settings = load_settings()
-    check_seed_options(seeds, together, resume=resume)
+    check_seed_options(seeds, together, resume=resume, launch=settings.launch)
     folder: RunFolder | None
     if resume is not None:
         from mnist_wandb.runs import RunFolder
@@ -171,17 +185,28 @@ def _find_requeued(config: RunConfig, settings: Settings) -> RunFolder | None:
 def _train(
     resolved: ResolvedConfig, settings: Settings, folder: Any, *, as_json: bool, quiet: bool
 ) -> int:
-    stop = StopSignals()
+    launch = settings.launch
+    is_main = launch is None or launch.rank == 0
+    stop = StopSignals(is_silent=launch is not None)
     stop.install()
     # From here on torch and W&B are needed.
-    from mnist_wandb.display import TrainingDisplay, make_console, print_summary, show_log_lines
+    from mnist_wandb.display import (
+        TrainingDisplay,
+        hide_log_lines,
+        make_console,
+        print_summary,
+        show_log_lines,
+    )
     from mnist_wandb.experiment import python_command, run_experiment
 
     messages = make_console(stderr=True)
-    show_log_lines(messages, quiet=quiet)
+    if is_main:
+        show_log_lines(messages, quiet=quiet)
+    else:
+        hide_log_lines()
     epochs = resolved.config.training.epochs
     try:
-        with TrainingDisplay(messages, epochs=epochs, quiet=quiet) as display:
+        with TrainingDisplay(messages, epochs=epochs, quiet=quiet or not is_main) as display:
             outcome = run_experiment(
                 resolved.config,
                 settings,
@@ -214,15 +239,18 @@ def _plan_run(
     from mnist_wandb.data import train_count
     from mnist_wandb.device import choose_plan
     from mnist_wandb.models import summarize_model
+    from mnist_wandb.ranks import share_cores
     from mnist_wandb.sources import describe_source
     from mnist_wandb.train import check_batches, count_steps
 
-    config = resolved.config
-    plan = choose_plan(config)
+    config, launch = resolved.config, settings.launch
+    num_processes = launch.size if launch else 1
+    share_cores(launch)
+    plan = choose_plan(config, launch)
     source = describe_source(config.data, settings.data_dir)
     layers = summarize_model(config.model, source.image_shape, len(source.class_names))
     images = train_count(config.data, settings.data_dir)
-    check_batches(config, images)
+    check_batches(config, images, num_processes)
     total = count_steps(config, images)
     mode, reason = choose_wandb_mode(config, settings)
     facts: dict[str, Any] = {
@@ -232,6 +260,7 @@ def _plan_run(
         "train_images": images,
         "steps_per_epoch": -(-images // config.training.batch_size),
         "total_steps": total,
+        "num_processes": num_processes,
         "plan": plan.describe(),
         "data_dir": str(config.data.dir or settings.data_dir),
         "runs_dir": str(settings.runs_dir),
@@ -261,13 +290,8 @@ def _describe_run(
     console = make_console()
     console.print(to_yaml(config, resolved.origins))
     rows = [
-        (
-            layer.path,
-            layer.kind,
-            "×".join(map(str, layer.output_shape)),
-            f"{layer.num_parameters:,}",
-        )
-        for layer in layers
+        (row.path, row.kind, "×".join(map(str, row.output_shape)), f"{row.num_parameters:,}")
+        for row in layers
     ]
     print_rows(console, ("layer", "type", "output", "parameters"), rows, title=config.model.name)
     plan = facts["plan"]
@@ -276,6 +300,7 @@ def _describe_run(
         "training images": f"{facts['train_images']:,}",
         "steps": f"{facts['steps_per_epoch']:,} per epoch, {facts['total_steps']:,} in all",
         "device": f"{plan['device']} ({plan['device_reason']}), {plan['num_threads']} threads",
+        "processes": str(facts["num_processes"]),
         "precision": f"{plan['precision']}, {plan['memory_format']}, compile: {plan['compile']}",
         "optimizer step": f"{plan['optimizer_step']}",
         "freed memory": f"{plan['allocator']}",
@@ -558,24 +583,39 @@ def _describe_folder(folder: Path) -> str:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run one command; turns errors into one message on stderr and an exit code."""
+    """Run one command; turns errors into one message on stderr and an exit code.
+
+    Of several processes that torchrun has started, the first of each machine shows errors, and
+    process 0 alone everything else.
+    """
+    launch = None
     try:
-        code = app(args=list(arguments), prog_name="mnist-wandb", standalone_mode=False)
+        launch = load_launch()
+        if launch is not None and list(arguments[:1]) != ["run"]:
+            raise ConfigError(
+                f"mnist-wandb {' '.join(arguments[:1])}: torchrun has started {launch.size}"
+                " processes, and only `run` works in several; start this without torchrun"
+            )
+        with contextlib.ExitStack() as stack:
+            if launch is not None and launch.rank > 0:
+                nowhere = stack.enter_context(Path(os.devnull).open("w", encoding="utf-8"))
+                stack.enter_context(contextlib.redirect_stdout(nowhere))
+            code = app(args=list(arguments), prog_name="mnist-wandb", standalone_mode=False)
     except MnistWandbError as error:
         # Once a run has begun, its end is a failed run and no bad input any more.
         if error.summary is not None:
             return EXIT_FAILED  # the run has said why
-        return _fail(
-            str(error), EXIT_FAILED if isinstance(error, DivergedError) else EXIT_BAD_INPUT
-        )
+        failed = isinstance(error, DivergedError | LostProcessError)
+        speaks = isinstance(error, LostProcessError) and error.speaks
+        return _fail(str(error), EXIT_FAILED if failed else EXIT_BAD_INPUT, launch, speaks=speaks)
     except USAGE_ERROR as error:
         message = error.format_message().rstrip(".")
-        return _fail(f"{message}; see `mnist-wandb --help`", EXIT_BAD_INPUT)
+        return _fail(f"{message}; see `mnist-wandb --help`", EXIT_BAD_INPUT, launch)
     except (typer.Abort, KeyboardInterrupt):
-        return _fail("stopped", EXIT_INTERRUPTED + signal.SIGINT)
+        return _fail("stopped", EXIT_INTERRUPTED + signal.SIGINT, launch)
     except StoppedBeforeTraining as stop:
         note_client_is_busy()  # maybe with a server that does not answer; nothing is to be saved
-        return _fail("stopped before training began", EXIT_INTERRUPTED + stop.number)
+        return _fail("stopped before training began", EXIT_INTERRUPTED + stop.number, launch)
     except (BrokenPipeError, SystemExit) as stop:
         # `mnist-wandb show | head`; click and rich turn the closed pipe into an exit.
         if isinstance(stop, SystemExit) and not isinstance(stop.__context__, BrokenPipeError):
@@ -585,7 +625,19 @@ def main(arguments: Sequence[str]) -> int:
     return code if isinstance(code, int) else EXIT_DONE
 
 
-def _fail(message: str, code: int) -> int:
+def _fail(message: str, code: int, launch: Launch | None = None, *, speaks: bool = False) -> int:
+    if launch is not None and launch.local_rank > 0 and not speaks:
+        _let_first_process_speak()
+        return code
     for line in message.splitlines():
         sys.stderr.write(f"error: {line}\n")
     return code
+
+
+def _let_first_process_speak() -> None:
+    """Wait a little: torchrun stops the others as soon as one of its processes has failed."""
+    stop = StopSignals(is_silent=True)
+    stop.install()
+    end = time.monotonic() + LINGER_SECONDS
+    while not stop.is_asked_for() and time.monotonic() < end:
+        time.sleep(0.05)

@@ -13,7 +13,7 @@ from mnist_wandb.config import RunConfig
 from mnist_wandb.errors import ConfigError
 from mnist_wandb.loading import ResolvedConfig
 from mnist_wandb.options import EXIT_DONE, EXIT_FAILED
-from mnist_wandb.settings import Settings
+from mnist_wandb.settings import Launch, Settings
 from mnist_wandb.signals import EXIT_INTERRUPTED, StopSignals
 
 SeedsOption = Annotated[
@@ -30,7 +30,9 @@ TogetherOption = Annotated[
 ]
 
 
-def check_seed_options(seeds: int | None, together: str | None, *, resume: str | None) -> None:
+def check_seed_options(
+    seeds: int | None, together: str | None, *, resume: str | None, launch: Launch | None
+) -> None:
     """Refuse what does not go together.
 
     Raises:
@@ -40,6 +42,11 @@ def check_seed_options(seeds: int | None, together: str | None, *, resume: str |
         raise ConfigError(f"--together: got {together!r}, allowed: {', '.join(TOGETHER)}")
     if together is not None and seeds is None:
         raise ConfigError("--together: says how several seeds are trained; add --seeds N")
+    if seeds is not None and launch is not None:
+        raise ConfigError(
+            f"--seeds: torchrun has started {launch.size} processes for one run; start this without"
+            " torchrun, or run each seed by itself with seed=N"
+        )
     if seeds is not None and resume is not None:
         raise ConfigError(
             "--seeds: a run is continued with its own seed; leave out --seeds, and continue each"

@@ -18,6 +18,7 @@ import torch
 from mnist_wandb.config import CnnConfig, ResnetConfig, RunConfig
 from mnist_wandb.errors import ConfigError
 from mnist_wandb.optim import step_kind
+from mnist_wandb.settings import Launch
 
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4
 """Parameters of glibc's `mallopt` (malloc.h; see mallopt(3))."""
@@ -62,13 +63,20 @@ class Plan:
         }
 
 
-def choose_plan(config: RunConfig) -> Plan:
+def choose_plan(config: RunConfig, launch: Launch | None = None) -> Plan:
     """Decide everything that the configuration leaves to the machine, and set the process up.
+
+    Args:
+        config: a validated configuration.
+        launch: which process of several this is; None for the only one.
 
     Raises:
         ConfigError: a device or precision was asked for that is not there.
     """
-    device, reason = resolve_device(config.device)
+    if launch is None:
+        device, reason = resolve_device(config.device)
+    else:
+        device, reason = _resolve_own_device(config.device, launch)
     limit_threads()
     if config.training.deterministic:
         # cuBLAS is deterministic only with a fixed workspace; read when CUDA starts.
@@ -150,6 +158,27 @@ def resolve_device(name: str) -> tuple[torch.device, str]:
             f"device: {name} is not on this machine; available: auto, {', '.join(available)}"
         )
     return torch.device("cuda:0" if name == "cuda" else name), "as configured"
+
+
+def _resolve_own_device(name: str, launch: Launch) -> tuple[torch.device, str]:
+    """The device of one of several processes: a GPU for each, or the CPU for all."""
+    if name not in ("auto", "cpu", "cuda"):
+        raise ConfigError(
+            f"device: {name} is one device, and torchrun has started {launch.size} processes;"
+            " allowed with several: auto, cpu, cuda (a GPU for each)"
+        )
+    if name == "auto" and not torch.cuda.is_available():
+        return torch.device("cpu"), "auto: no CUDA GPU found"
+    device, reason = resolve_device(name)
+    if device.type == "cpu":
+        return device, reason
+    num_gpus = torch.cuda.device_count()
+    if launch.local_size > num_gpus:
+        raise ConfigError(
+            f"device: torchrun has started {launch.local_size} processes on a machine with"
+            f" {num_gpus} GPUs; use --nproc-per-node={num_gpus} or device=cpu"
+        )
+    return torch.device("cuda", launch.local_rank), "a GPU for each process"
 
 
 def device_name(device: torch.device) -> str:

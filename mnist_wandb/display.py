@@ -64,6 +64,11 @@ def show_log_lines(console: Console, *, quiet: bool = False) -> None:
     logger.handlers = [LogLines(console)]  # one, however often this is called in one process
 
 
+def hide_log_lines() -> None:
+    """Show none of the package's log messages: another process shows its own."""
+    logging.getLogger("mnist_wandb").setLevel(logging.CRITICAL + 1)
+
+
 class TrainingDisplay:
     """A live bar per epoch on a terminal, and one plain line per epoch everywhere.
 
@@ -211,7 +216,9 @@ def next_commands(summary: RunSummary) -> list[str]:
     folder = shlex.quote(summary.run_dir)
     lines = record_lines(Path(summary.run_dir), summary.wandb)
     if summary.status == "interrupted":
-        lines.append(f"go on       mnist-wandb run --resume {folder}")
+        several = summary.num_processes > 1
+        program = "torchrun … -m mnist_wandb" if several else "mnist-wandb"
+        lines.append(f"go on       {program} run --resume {folder}")
     else:
         lines.append(f"use it      mnist-wandb predict {folder} PICTURE...")
     return lines

@@ -32,6 +32,16 @@ class RunError(MnistWandbError):
     """A run folder cannot be found, read, written or is in use."""
 
 
+class LostProcessError(RunError):
+    """Another process of a run on several devices has ended, has failed or does not answer.
+
+    Attributes:
+        speaks: whether this process is the one of its machine that shows the message.
+    """
+
+    speaks: bool = False
+
+
 class CheckpointError(MnistWandbError):
     """A file is not a checkpoint, is damaged, or holds another model."""
 

@@ -20,6 +20,7 @@ from mnist_wandb.device import choose_plan, deterministic_mode
 from mnist_wandb.errors import CheckpointError, ConfigError
 from mnist_wandb.metrics import EvalResult
 from mnist_wandb.pictures import read_picture
+from mnist_wandb.ranks import ONE, Ranks
 
 log = logging.getLogger(__name__)
 
@@ -96,6 +97,7 @@ def evaluate(
     precision: str = "fp32",
     channels_last: bool = False,
     tta_pixels: int = 0,
+    ranks: Ranks = ONE,
 ) -> EvalResult:
     """Score a model on every image of a split, once, in eval mode.
 
@@ -109,21 +111,22 @@ def evaluate(
         channels_last: lay the batch out channels-last.
         tta_pixels: test-time augmentation: the probabilities are the mean over each image and its
             four shifts by so many pixels; 0 is none.
+        ranks: the processes that share the images; each gets the scores of all of them.
 
     Returns:
         Loss (a true mean over images), probabilities and everything that follows from them.
     """
-    views = [
-        predict_logits(
+    views = []
+    for across, down in _views(tta_pixels):
+        logits = predict_logits(
             model,
-            _shift(split.images, across, down),
+            _shift(ranks.part(split.images), across, down),
             preprocessing,
             batch_size=batch_size,
             precision=precision,
             channels_last=channels_last,
         )
-        for across, down in _views(tta_pixels)
-    ]
+        views.append(ranks.gather(logits, len(split)))
     logits = views[0] if len(views) == 1 else _mean_prediction(views)
     return EvalResult(
         loss=float(compute_loss(logits, split.labels, loss)),

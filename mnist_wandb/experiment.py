@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import importlib.metadata
 import logging
 import platform
@@ -26,6 +27,7 @@ from mnist_wandb.errors import DivergedError, MnistWandbError, RunError, Trackin
 from mnist_wandb.evaluate import evaluate
 from mnist_wandb.metrics import EvalResult
 from mnist_wandb.models import build_model, count_parameters
+from mnist_wandb.ranks import ONE, Ranks, join_ranks
 from mnist_wandb.remote import is_stopped, wait_for_upload
 from mnist_wandb.runs import Confusion, Recorder, RunFolder, RunSummary
 from mnist_wandb.settings import Settings
@@ -103,26 +105,96 @@ def run_experiment(
         DivergedError: the run diverged; its folder has a summary with status `diverged`.
     """
     started = time.perf_counter()
-    plan = choose_plan(config)
-    if splits is None:
-        log.info("device: %s (%s)", plan.device, plan.reason)
-        splits = load_dataset(config.data, data_dir=settings.data_dir, device=plan.device)
-    check_batches(config, len(splits.train))
-    model = build_model(config.model, splits.image_shape, len(splits.class_names), seed=config.seed)
-    with open_folder(config, settings, preset, resume, count_parameters(model)) as folder:
-        checkpoint = None
-        if resume is None:
-            facts = describe_environment(config, plan, splits, settings, preset, command)
-            folder.write_environment(facts)
-        else:
-            checkpoint = _load_last(folder, splits)
-            if checkpoint is not None:
-                _compare_environment(folder, plan)
-        session = _Session(config, settings, folder, plan, splits, preset, started)
-        session.num_parameters = count_parameters(model)
-        session.is_preempted = is_preempted
-        session.confusions = confusions
-        return session.run(model, checkpoint, emit, should_stop)
+    with join_ranks(settings.launch) as ranks:
+        plan = choose_plan(config, settings.launch)
+        if splits is None:
+            log.info("device: %s (%s)", plan.device, plan.reason)
+            with ranks.first_on_machine():
+                splits = load_dataset(config.data, data_dir=settings.data_dir, device=plan.device)
+        check_batches(config, len(splits.train), ranks.size)
+        shape, classes = splits.image_shape, len(splits.class_names)
+        model = build_model(config.model, shape, classes, seed=config.seed)
+        ranks.connect(plan.device, _digest(config, splits))
+        if ranks.rank > 0:
+            return _follow(config, plan, splits, model, ranks, should_stop)
+        with open_folder(config, settings, preset, resume, count_parameters(model)) as folder:
+            checkpoint = None
+            if resume is None:
+                facts = describe_environment(config, plan, splits, settings, preset, command)
+                folder.write_environment({**facts, "num_processes": ranks.size})
+            else:
+                checkpoint = _load_last(folder, splits)
+                if checkpoint is not None:
+                    _compare_environment(folder, plan, ranks)
+            session = _Session(config, settings, folder, plan, splits, preset, started)
+            session.num_parameters = count_parameters(model)
+            session.is_preempted = is_preempted
+            session.confusions = confusions
+            session.ranks = ranks
+            return session.run(model, checkpoint, emit, should_stop)
+
+
+def _follow(
+    config: RunConfig,
+    plan: Plan,
+    splits: Splits,
+    model: Any,
+    ranks: Ranks,
+    should_stop: Callable[[], bool],
+) -> RunOutcome:
+    """Train and score together with process 0, which alone records."""
+    run_dir, checkpoint = ranks.share()
+    with ranks.guard(run_dir):
+        result = train(
+            model,
+            splits,
+            config,
+            plan=plan,
+            resume=checkpoint,
+            should_stop=should_stop,
+            ranks=ranks,
+        )
+        if result.status != "interrupted":
+            _evaluate_test(model, splits, config, plan, ranks)
+    summary = RunSummary(
+        status=result.status,
+        run_dir=run_dir,
+        name=config.run_name,
+        preset="",
+        seed=config.seed,
+        device=str(plan.device),
+        num_parameters=count_parameters(model),
+        epochs=result.epochs,
+        steps=result.steps,
+        training_seconds=round(result.training_seconds, 3),
+        total_seconds=round(result.training_seconds, 3),
+        images_per_second=round(result.images_per_second, 1),
+        num_processes=ranks.size,
+    )
+    return RunOutcome(summary)
+
+
+def _evaluate_test(
+    model: Any, splits: Splits, config: RunConfig, plan: Plan, ranks: Ranks
+) -> EvalResult:
+    with deterministic_mode(config.training.deterministic):
+        return evaluate(
+            model,
+            splits.test,
+            Preprocessing.fit(config.data.scaling, splits.mean, splits.std),
+            loss=config.training.loss,
+            precision=plan.precision,
+            channels_last=plan.channels_last,
+            ranks=ranks,
+        )
+
+
+def _digest(config: RunConfig, splits: Splits) -> str:
+    """What the processes of one run must have in common; the data may lie in different folders."""
+    data = config.data.model_copy(update={"dir": None})
+    text = config.model_copy(update={"data": data}).model_dump_json()
+    facts = f"{text} {splits.fingerprint} {torch.__version__}"
+    return hashlib.sha256(facts.encode()).hexdigest()
 
 
 class _Session:
@@ -142,6 +214,7 @@ class _Session:
         self.settings, self.preset, self.started = settings, preset, started
         self.is_preempted: Callable[[], bool] = lambda: False
         self.confusions: Mapping[int, Confusion] | None = None
+        self.ranks = ONE
         self.num_parameters = 0
         self.step, self.epoch = 0, 0.0
         self.training_seconds, self.images_used = 0.0, 0
@@ -192,18 +265,22 @@ class _Session:
             self.begin(resume)
             if self.config.tracking.watch:
                 self.recorder.forward("watch", model)
-            result = train(
-                model,
-                self.splits,
-                self.config,
-                plan=self.plan,
-                resume=resume,
-                emit=on_event,
-                should_stop=should_stop,
-            )
-            self.step, self.epoch = result.steps, result.epochs
-            self.training_seconds, self.images_used = result.training_seconds, result.images_used
-            test = None if result.status == "interrupted" else self.score_test(model)
+            with self.ranks.guard(str(self.folder.path)):
+                self.ranks.share((str(self.folder.path), resume))
+                result = train(
+                    model,
+                    self.splits,
+                    self.config,
+                    plan=self.plan,
+                    resume=resume,
+                    emit=on_event,
+                    should_stop=should_stop,
+                    ranks=self.ranks,
+                )
+                self.step, self.epoch = result.steps, result.epochs
+                self.training_seconds = result.training_seconds
+                self.images_used = result.images_used
+                test = None if result.status == "interrupted" else self.score_test(model)
         except DivergedError as error:
             self.fail("diverged", error, str(error))
             raise
@@ -269,15 +346,7 @@ class _Session:
 
     def score_test(self, model: Any) -> EvalResult:
         """Score the test split, once, with the best validation weights, and record it."""
-        with deterministic_mode(self.config.training.deterministic):
-            test = evaluate(
-                model,
-                self.splits.test,
-                Preprocessing.fit(self.config.data.scaling, self.splits.mean, self.splits.std),
-                loss=self.config.training.loss,
-                precision=self.plan.precision,
-                channels_last=self.plan.channels_last,
-            )
+        test = _evaluate_test(model, self.splits, self.config, self.plan, self.ranks)
         self.recorder.log(self.step, self.epoch, test.metrics("test"))
         self.folder.write_evaluation(test)
         images = self.splits.test.images[:, 0].cpu().numpy()
@@ -313,6 +382,7 @@ class _Session:
             metrics=self.recorder.final,
             wandb=self.wandb_facts,
             error=error,
+            num_processes=self.ranks.size,
         )
         try:
             self.folder.write_summary(summary)  # first: the end of the W&B run may have to wait
@@ -424,12 +494,12 @@ def _load_last(folder: RunFolder, splits: Splits) -> Checkpoint | None:
     return checkpoint
 
 
-def _compare_environment(folder: RunFolder, plan: Plan) -> None:
+def _compare_environment(folder: RunFolder, plan: Plan, ranks: Ranks) -> None:
     """Warn where a resumed run cannot end with the very numbers of an undisturbed one."""
-    before = folder.read_environment()
-    now = {**plan.describe(), "torch": str(torch.__version__)}
+    before = {"num_processes": 1, **folder.read_environment()}
+    now = {**plan.describe(), "torch": str(torch.__version__), "num_processes": ranks.size}
     before["torch"] = before.get("versions", {}).get("torch")
-    for key in ("device_name", "precision", "num_threads", "torch"):
+    for key in ("device_name", "precision", "num_processes", "num_threads", "torch"):
         if key in before and before[key] != now[key]:
             log.warning(
                 "resumed with %s %s instead of %s: the last digits may differ",

@@ -237,10 +237,11 @@ def describe_machine(record: RunRecord) -> str:
     """What a run's speed depends on: the GPU, or the processor and the number of threads."""
     found = record.environment
     device = str(found.get("device_name") or found.get("device") or "unknown")
-    if found.get("device") != "cpu":
-        return device
-    threads = found.get("num_threads", "unknown")
-    return f"{found.get('processor') or device}, threads: {threads}"
+    if found.get("device") == "cpu":
+        threads = found.get("num_threads", "unknown")
+        device = f"{found.get('processor') or device}, threads: {threads}"
+    count = found.get("num_processes", 1)
+    return device if count == 1 else f"{count} × {device}"
 
 
 def find_differences(records: Sequence[RunRecord]) -> list[str]:

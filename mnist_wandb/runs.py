@@ -55,6 +55,7 @@ class RunSummary:
         metrics: the final values by metric name.
         wandb: mode, id, and url or dir.
         error: what went wrong, for diverged and failed runs.
+        num_processes: that trained together.
     """
 
     status: str
@@ -72,6 +73,7 @@ class RunSummary:
     metrics: dict[str, float] = field(default_factory=dict)
     wandb: dict[str, str | None] = field(default_factory=dict)
     error: str | None = None
+    num_processes: int = 1
 
     def to_json(self) -> str:
         """One JSON object on one line."""

@@ -26,6 +26,57 @@ KNOWN_HOSTS = ("api.forge.coreweave.com", "api.wandb.ai")
 """Where a key for W&B's own service may be filed in netrc (the newer and the older name)."""
 
 
+LAUNCH_VARIABLES = (
+    "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Launch:
+    """Which of the processes that `torchrun` has started for one run this is.
+
+    Attributes:
+        rank, size: number of this process, and of all processes.
+        local_rank, local_size: the same among those of this machine.
+        machine, num_machines: number of this machine, and of all machines.
+        has_chosen_threads: whether the user has set OMP_NUM_THREADS. torchrun sets 1 where it is
+            missing, which looks like a user's 1.
+    """
+
+    rank: int
+    size: int
+    local_rank: int
+    local_size: int
+    machine: int = 0
+    num_machines: int = 1
+    has_chosen_threads: bool = False
+
+
+def load_launch() -> Launch | None:
+    """Read what torchrun has set; None without it, and where it has started one process only.
+
+    Raises:
+        ConfigError: a variable is missing or no number.
+    """
+    environment = os.environ
+    if not all(environment.get(name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")):
+        return None
+    for name in (*LAUNCH_VARIABLES, "MASTER_PORT"):
+        if not re.fullmatch(r"[0-9]{1,6}", environment.get(name, "")):
+            found = environment.get(name, "nothing")
+            raise ConfigError(
+                f"{name}: got {found!r}, expected a number; several processes are started with"
+                " torchrun, which sets it (or unset RANK, WORLD_SIZE and LOCAL_RANK)"
+            )
+    rank, size, local_rank, local_size, machine, num_machines = (
+        int(environment[name]) for name in LAUNCH_VARIABLES
+    )
+    if size == 1:
+        return None
+    chosen = environment.get("OMP_NUM_THREADS", "1") != "1"
+    return Launch(rank, size, local_rank, local_size, machine, num_machines, chosen)
+
+
 @dataclass(frozen=True)
 class Settings:
     """What the surroundings say; made by `load_settings`.
@@ -41,6 +92,7 @@ class Settings:
         sweep_id: WANDB_SWEEP_ID when `wandb agent` started this process.
         sweep_parameters: the file of parameters that the agent wrote, if any.
         wandb_run_id: WANDB_RUN_ID, or None.
+        launch: which process of several this is; None for the only one.
     """
 
     data_dir: Path
@@ -53,6 +105,7 @@ class Settings:
     sweep_id: str | None = None
     sweep_parameters: Path | None = None
     wandb_run_id: str | None = None
+    launch: Launch | None = None
 
 
 def load_settings(env_file: Path | None = Path(".env")) -> Settings:
@@ -64,6 +117,7 @@ def load_settings(env_file: Path | None = Path(".env")) -> Settings:
     Raises:
         ConfigError: `.env` cannot be read, or a variable has a value that is not allowed.
     """
+    launch = load_launch()  # first: these are no settings for `.env`
     if env_file is not None and env_file.is_file():
         try:
             found = dotenv_values(env_file)
@@ -96,6 +150,7 @@ def load_settings(env_file: Path | None = Path(".env")) -> Settings:
         sweep_id=environment.get("WANDB_SWEEP_ID") or None,
         sweep_parameters=Path(parameters) if parameters else None,
         wandb_run_id=run_id,
+        launch=launch,
     )
 
 

@@ -31,9 +31,13 @@ class StopSignals:
 
     Before training has begun, either ends the program at once. (A run that is stopped in the W&B
     app gets SIGTERM from its agent and SIGINT from the client: that is one wish.)
+
+    Args:
+        is_silent: say nothing; for one of several processes, which have to agree first.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, is_silent: bool = False) -> None:
+        self.is_silent = is_silent
         self.received: int | None = None
         self.interrupts = 0
         self.training = False
@@ -55,8 +59,10 @@ class StopSignals:
         self.interrupts += number == signal.SIGINT
         if self.interrupts > 1:
             os._exit(EXIT_INTERRUPTED + number)  # the last checkpoint is on the disk
-        if self.received is None:
-            self.received = number
+        if self.received is not None:
+            return
+        self.received = number
+        if not self.is_silent:
             hint = "; Ctrl-C again stops at once" if number == signal.SIGINT else ""
             os.write(2, f"\nstopping after this step, saving a checkpoint{hint}\n".encode())
 

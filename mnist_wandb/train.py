@@ -18,13 +18,14 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from mnist_wandb.augment import augment, is_off
 from mnist_wandb.checkpoint import Checkpoint, describe_data
-from mnist_wandb.config import IMAGE_SIZE, MlpConfig, RunConfig
+from mnist_wandb.config import IMAGE_SIZE, MlpConfig, ResnetConfig, RunConfig
 from mnist_wandb.data import Preprocessing, Splits, batch_indices
 from mnist_wandb.device import Plan, choose_plan, deterministic_mode
 from mnist_wandb.errors import CheckpointError, ConfigError, DivergedError
 from mnist_wandb.evaluate import compute_loss, evaluate
 from mnist_wandb.metrics import EvalResult
 from mnist_wandb.optim import lr_factor, make_optimizer, make_update
+from mnist_wandb.ranks import ONE, Ranks
 
 CHECKPOINT_SECONDS = 60.0
 """Longest time between two checkpoints, so that a kill in a long epoch costs a minute."""
@@ -113,7 +114,7 @@ class TrainingState:
     """Everything that changes while training; what a checkpoint has to bring back.
 
     `pending` holds loss, hits and size of each step since the last log, on the device, so that
-    no step waits for the device.
+    no step waits for the device. The first `num_reduced` of them are those of all processes.
     """
 
     model: nn.Module
@@ -121,6 +122,7 @@ class TrainingState:
     averaged: AveragedModel | None
     step: int = 0
     pending: list[tuple[Tensor, Tensor, int]] = field(default_factory=list)
+    num_reduced: int = 0
     best_epoch: float = 0
     best_accuracy: float = -1.0
     best_weights: dict[str, Tensor] = field(default_factory=dict)
@@ -188,6 +190,7 @@ class TrainingState:
                     strict=True,
                 )
             ]
+            self.num_reduced = len(self.pending)
             torch.set_rng_state(stored["rng"])
             if stored["device_rng"] is not None and device.type == "cuda":
                 torch.cuda.set_rng_state(stored["device_rng"], device)
@@ -221,6 +224,7 @@ def train(
     resume: Checkpoint | None = None,
     emit: Callable[[Event], None] = lambda event: None,
     should_stop: Callable[[], bool] = lambda: False,
+    ranks: Ranks = ONE,
 ) -> TrainResult:
     """Train a model in place and leave the best validation weights in it.
 
@@ -235,6 +239,7 @@ def train(
         resume: a checkpoint with training state, to be continued from exactly there.
         emit: called with each `Event`; runs between steps, so it should be quick.
         should_stop: asked after each step; true ends training after a last checkpoint.
+        ranks: the processes that train together; each calls this with the same arguments.
 
     Returns:
         How training ended. After `interrupted` the model holds the last weights, not the best.
@@ -244,14 +249,14 @@ def train(
         CheckpointError: `resume` does not fit.
         ConfigError: the last batch is too small for batch normalisation.
     """
-    check_batches(config, len(splits.train))
+    check_batches(config, len(splits.train), ranks.size)
     device = splits.train.images.device
     if plan is None:
         name = f"cuda:{device.index}" if device.type == "cuda" else device.type
         plan = choose_plan(config.model_copy(update={"device": name}))
     if plan.device.type != device.type:
         raise ConfigError(f"device: the data lie on {device}, the plan is for {plan.device}")
-    state = make_state(model, config, plan)
+    state = make_state(model, config, plan, ranks)
     torch.manual_seed(config.seed)
     if resume is not None:
         if resume.training is None:
@@ -263,14 +268,17 @@ def train(
             )
         state.load_state_dict(resume.training, plan.device)
     with deterministic_mode(config.training.deterministic):
-        return Loop(state, splits, config, plan, emit, should_stop).run()
+        return Loop(state, splits, config, plan, emit, should_stop, ranks).run()
 
 
-def make_state(model: nn.Module, config: RunConfig, plan: Plan) -> TrainingState:
+def make_state(
+    model: nn.Module, config: RunConfig, plan: Plan, ranks: Ranks = ONE
+) -> TrainingState:
     """The state before the first step; moves the model to the plan's device."""
     model.to(plan.device)
     if plan.channels_last:
         model.to(memory_format=torch.channels_last)
+    model = ranks.prepare(model)
     averaged = None
     if config.training.ema_decay is not None:
         average = get_ema_multi_avg_fn(config.training.ema_decay)  # type: ignore[no-untyped-call]
@@ -278,19 +286,44 @@ def make_state(model: nn.Module, config: RunConfig, plan: Plan) -> TrainingState
     return TrainingState(model, make_optimizer(config.optimizer, model), averaged)
 
 
-def check_batches(config: RunConfig, num_images: int) -> None:
+def check_batches(config: RunConfig, num_images: int, num_processes: int = 1) -> None:
     """Refuse a batch of one image where batch normalisation would see one value per channel.
+
+    Of several processes, each must have images of every full batch, and enough of each batch for
+    batch normalisation.
 
     Raises:
         ConfigError: with the sizes.
     """
     batch_size = config.training.batch_size
-    smallest = num_images % batch_size or batch_size
-    if smallest == 1 and _normalises_single_values(config):
+    if batch_size < num_processes:
+        raise ConfigError(
+            f"training.batch_size: {batch_size} images cannot be shared by {num_processes}"
+            " processes; it is the size of the whole batch: choose a larger one or fewer processes"
+        )
+    last = num_images % batch_size or batch_size
+    smallest = last // num_processes
+    needed = 2 if _normalises_single_values(config) else int(_normalises(config))
+    if smallest >= needed:
+        return
+    if num_processes == 1:
         raise ConfigError(
             f"training.batch_size: {batch_size} leaves a batch of one of the {num_images} training"
             " images, and batch normalisation needs two; choose another size"
         )
+    raise ConfigError(
+        f"training.batch_size: {batch_size} leaves a batch of {last} of the {num_images} training"
+        f" images, of which a process gets {smallest}, and batch normalisation needs {needed};"
+        " choose another size"
+    )
+
+
+def _normalises(config: RunConfig) -> bool:
+    if isinstance(config.model, MlpConfig):
+        return config.model.batch_norm
+    if isinstance(config.model, ResnetConfig):
+        return True
+    return any(block.batch_norm for block in getattr(config.model, "blocks", ()))
 
 
 def _normalises_single_values(config: RunConfig) -> bool:
@@ -319,11 +352,13 @@ class Loop:
         plan: Plan,
         emit: Callable[[Event], None],
         should_stop: Callable[[], bool],
+        ranks: Ranks = ONE,
     ) -> None:
         self.state, self.splits, self.config, self.plan = state, splits, config, plan
-        self.emit, self.should_stop = emit, should_stop
+        self.emit, self.should_stop, self.ranks = emit, should_stop, ranks
         self.preprocessing = Preprocessing.fit(config.data.scaling, splits.mean, splits.std)
-        self.forward = torch.compile(state.model) if plan.compile else state.model
+        forward = torch.compile(state.model) if plan.compile else state.model
+        self.forward = ranks.wrap(forward, (config.training.batch_size, *splits.image_shape))
         self.update = make_update(state.optimizer)
         self.augment = None if is_off(config.data.augment) else config.data.augment
         self.steps_per_epoch = math.ceil(len(splits.train) / config.training.batch_size)
@@ -379,7 +414,7 @@ class Loop:
         state.model.train()
         since = time.perf_counter()
         for index in batches[done : done + self.total_steps - state.step]:
-            if self.should_stop():
+            if self.ranks.agrees_to_stop(self.should_stop()):
                 state.training_seconds += time.perf_counter() - since
                 self.save(best=False, end_of_epoch=False)
                 return False
@@ -389,6 +424,8 @@ class Loop:
             state.step += 1
             ends_epoch = state.step % self.steps_per_epoch == 0 or state.step == self.total_steps
             logs = ends_epoch or state.step % config.tracking.log_every_steps == 0
+            index = self.ranks.take(index)
+            self.ranks.seed_step(config.seed, state.step)
             grad_norm = self.train_step(images[index], labels[index], lr, with_norm=logs)
             if logs:
                 since = self.log_training(lr, grad_norm, since)
@@ -396,7 +433,8 @@ class Loop:
             self.emit(
                 StepDone(state.step, self.total_steps, epoch, step_in_epoch, self.steps_per_epoch)
             )
-            if time.perf_counter() - self.last_checkpoint > CHECKPOINT_SECONDS and not ends_epoch:
+            is_due = time.perf_counter() - self.last_checkpoint > CHECKPOINT_SECONDS
+            if self.ranks.agrees_to_save(is_due) and not ends_epoch:
                 state.training_seconds += time.perf_counter() - since
                 self.save(best=False, end_of_epoch=False)
                 since = time.perf_counter()
@@ -419,7 +457,7 @@ class Loop:
         ):
             logits = self.forward(inputs)
         loss = compute_loss(logits, labels, training.loss, training.label_smoothing)
-        loss.backward()  # type: ignore[no-untyped-call]
+        self.ranks.scale(loss).backward()  # type: ignore[no-untyped-call]
         # ── Update.
         grad_norm = None
         if training.grad_clip_norm is not None:
@@ -432,7 +470,7 @@ class Loop:
             state.averaged.update_parameters(state.model)
         # ── Metrics stay on the device until the next log.
         hits = (logits.detach().argmax(dim=1) == labels).sum()
-        state.pending.append((loss.detach(), hits, len(labels)))
+        state.pending.append(self.ranks.weigh(loss.detach(), hits, len(labels)))
         return grad_norm
 
     def log_training(self, lr: float, grad_norm: Tensor | None, since: float) -> float:
@@ -441,6 +479,7 @@ class Loop:
         What the recording of these values takes counts as training time of the next ones.
         """
         state = self.state
+        self.reduce_pending()
         sizes = [size for _, _, size in state.pending]
         losses = torch.stack([loss for loss, _, _ in state.pending]).tolist()
         hits = sum(torch.stack([hits for _, hits, _ in state.pending]).tolist())
@@ -450,6 +489,7 @@ class Loop:
                 raise self.diverged(state.step - len(losses) + position + 1, "training loss", loss)
             state.last_finite_loss = loss
         state.pending.clear()
+        state.num_reduced = 0
         state.training_seconds += now - since
         state.images_used += sum(sizes)
         state.logged_seconds, since_log = (
@@ -470,9 +510,17 @@ class Loop:
         self.emit_values(values)
         return now
 
+    def reduce_pending(self) -> None:
+        """Make the pending metrics those of all processes, each of them once."""
+        state = self.state
+        done = state.num_reduced
+        state.pending[done:] = self.ranks.reduce(state.pending[done:])
+        state.num_reduced = len(state.pending)
+
     def validate(self) -> bool:
         """Score the validation split; keep the weights where they are the best so far."""
         state, config = self.state, self.config
+        self.ranks.sync_buffers(state.scored_model)
         result = evaluate(
             state.scored_model,
             self.splits.val,
@@ -480,6 +528,7 @@ class Loop:
             loss=config.training.loss,
             precision=self.plan.precision,
             channels_last=self.plan.channels_last,
+            ranks=self.ranks,
         )
         if not math.isfinite(result.loss):
             raise self.diverged(state.step, "validation loss", result.loss)
@@ -509,6 +558,7 @@ class Loop:
     def save(self, *, best: bool, end_of_epoch: bool) -> None:
         """Emit a checkpoint, unless the weights are broken."""
         state = self.state
+        self.reduce_pending()
         if not state.is_finite():
             raise self.diverged(state.step, "weights or loss", math.nan)
         checkpoint = Checkpoint(

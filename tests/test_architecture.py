@@ -25,7 +25,7 @@ ROWS = [
     ("records", "background", "study"),
     ("compare",),
     ("seedgroup",),
-    ("augment", "pictures", "idx", "models", "optim", "tracking", "drawing"),
+    ("augment", "pictures", "idx", "models", "optim", "ranks", "tracking", "drawing"),
     ("device", "folders", "jobs"),
     ("sources",),
     ("data",),

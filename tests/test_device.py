@@ -21,6 +21,7 @@ from mnist_wandb.device import (
 )
 from mnist_wandb.errors import ConfigError
 from mnist_wandb.loading import load_config
+from mnist_wandb.settings import Launch
 
 needs_no_gpu = pytest.mark.skipif(len(available_devices()) > 1, reason="there is a GPU")
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
@@ -60,6 +61,42 @@ def test_device_that_is_not_there_is_an_error_that_lists_those_that_are(name: st
     with pytest.raises(ConfigError) as caught:
         choose_plan(config(f"device={name}"))
     assert str(caught.value) == f"device: {name} is not on this machine; available: {listed}"
+
+
+SECOND_OF_TWO = Launch(rank=1, size=2, local_rank=1, local_size=2)
+
+
+@needs_no_gpu
+@pytest.mark.parametrize("name", ["auto", "cpu"])
+def test_several_processes_share_the_cpu_where_there_is_no_gpu(name: str) -> None:
+    assert choose_plan(config(f"device={name}"), SECOND_OF_TWO).device == torch.device("cpu")
+
+
+@pytest.mark.parametrize("name", ["cuda:1", "mps"])
+def test_one_device_is_not_for_several_processes(name: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        choose_plan(config(f"device={name}"), SECOND_OF_TWO)
+    assert str(caught.value) == (
+        f"device: {name} is one device, and torchrun has started 2 processes; allowed with several:"
+        " auto, cpu, cuda (a GPU for each)"
+    )
+
+
+@pytest.mark.parametrize("name", ["auto", "cuda"])
+def test_each_process_takes_its_own_gpu(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # The choice alone: this needs no GPU.
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
+    plan = choose_plan(config(f"device={name}"), SECOND_OF_TWO)
+    assert (plan.device, plan.reason) == (torch.device("cuda:1"), "a GPU for each process")
+    three = Launch(rank=1, size=3, local_rank=1, local_size=3)
+    with pytest.raises(ConfigError) as caught:
+        choose_plan(config(f"device={name}"), three)
+    assert str(caught.value) == (
+        "device: torchrun has started 3 processes on a machine with 2 GPUs; use --nproc-per-node=2"
+        " or device=cpu"
+    )
 
 
 # ── the plan ─────────────────────────────────────────────────────────────────────────────────

@@ -73,6 +73,8 @@ def stop_a_run(environment: dict[str, str]) -> None:
 SECTIONS: dict[str, tuple[Callable[[dict[str, str]], None], ...]] = {
     "Configurations": (write_configuration,),
     "Stop and resume": (stop_a_run,),
+    "Several seeds": (write_configuration,),
+    "Several devices": (),
     "Use a trained model": (write_picture,),
     "Weights & Biases": (),
     "Sweeps": (),
@@ -90,14 +92,17 @@ def test_every_command_of_the_readme_belongs_to_a_section_that_is_run() -> None:
     )
 
 
+PROGRAMS = {"mnist-wandb": "mnist_wandb", "torchrun": "torch.distributed.run"}
+
+
 @pytest.mark.parametrize("section", SECTIONS)
 def test_every_command_of_the_readme_runs_as_written(section: str, runs_dir: Path) -> None:
     folder = Path("bin")
     folder.mkdir()
-    (folder / "mnist-wandb").write_text(
-        f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -m mnist_wandb "$@"\n'
-    )
-    (folder / "mnist-wandb").chmod(0o755)
+    for name, module in PROGRAMS.items():
+        script = f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -m {module} "$@"\n'
+        (folder / name).write_text(script)
+        (folder / name).chmod(0o755)
     path = f"{folder.absolute()}{os.pathsep}{os.environ['PATH']}"
     environment = {**os.environ, "PATH": path}
     for prepare in SECTIONS[section]:

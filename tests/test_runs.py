@@ -325,7 +325,7 @@ def test_the_configuration_of_a_run_comes_back_equal(tmp_path: Path) -> None:
 def test_the_summary_is_one_object_with_the_documented_keys(tmp_path: Path) -> None:
     documented = (
         "status run_dir name preset seed device num_parameters epochs steps training_seconds"
-        " total_seconds images_per_second metrics wandb error"
+        " total_seconds images_per_second metrics wandb error num_processes"
     )
     line = SUMMARY.to_json()
     assert "\n" not in line

@@ -13,9 +13,11 @@ from mnist_wandb.loading import load_config
 from mnist_wandb.settings import (
     DEFAULT_BASE_URL,
     KNOWN_HOSTS,
+    Launch,
     Settings,
     choose_wandb_mode,
     keep_wandb_files_in,
+    load_launch,
     load_settings,
 )
 
@@ -303,3 +305,45 @@ def test_wandb_stages_its_files_where_the_user_says(monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("WANDB_DATA_DIR", "/mine")
     keep_wandb_files_in(Path("run"))
     assert os.environ["WANDB_DATA_DIR"] == "/mine"
+
+
+# ── torchrun ─────────────────────────────────────────────────────────────────────────────────
+
+TORCHRUN = {
+    "RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "GROUP_RANK": "1",
+    "GROUP_WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500",
+}  # fmt: skip
+
+
+def test_without_torchrun_there_is_one_process() -> None:
+    assert load_launch() is None
+    os.environ["RANK"] = "3"  # set by something else, for itself
+    assert load_launch() is None
+
+
+@pytest.mark.parametrize(("threads", "chosen"), [(None, False), ("1", False), ("4", True)])
+def test_load_launch_reads_what_torchrun_sets(threads: str | None, chosen: bool) -> None:
+    del os.environ["OMP_NUM_THREADS"]
+    os.environ.update(TORCHRUN)
+    if threads is not None:
+        os.environ["OMP_NUM_THREADS"] = threads
+    expected = Launch(
+        rank=3, size=4, local_rank=1, local_size=2, machine=1, num_machines=2,
+        has_chosen_threads=chosen,
+    )  # fmt: skip
+    assert load_launch() == load_settings().launch == expected
+
+
+def test_one_process_under_torchrun_is_an_ordinary_run() -> None:
+    os.environ.update(TORCHRUN | {"WORLD_SIZE": "1", "RANK": "0"})
+    assert load_launch() is None
+
+
+@pytest.mark.parametrize(("name", "value"), [("LOCAL_WORLD_SIZE", None), ("RANK", "first")])
+def test_an_incomplete_launch_is_refused(name: str, value: str | None) -> None:
+    os.environ.update(TORCHRUN)
+    del os.environ[name]
+    if value is not None:
+        os.environ[name] = value
+    with pytest.raises(ConfigError, match=f"{name}: got '{value or 'nothing'}', expected a number"):
+        load_launch()

@@ -41,6 +41,7 @@ from mnist_wandb.train import (
     StepDone,
     TrainResult,
     Validated,
+    check_batches,
     count_steps,
     train,
 )
@@ -551,6 +552,42 @@ def test_a_batch_of_one_image_is_refused_where_batch_norm_needs_two(
     assert events == []
     plain = section("model", name="mlp", hidden_sizes=[8])
     assert run(*overrides, plain).result.status == "finished"
+
+
+BATCH_NORM = section("model", name="mlp", hidden_sizes=[8], batch_norm=True)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "num_images", "message"),
+    [
+        (("training.batch_size=3",), 90, "3 images cannot be shared by 4 processes"),
+        ((BATCH_NORM, "training.batch_size=7"), 70, "gets 1, and batch normalisation needs 2"),
+        ((BATCH_NORM, "training.batch_size=8"), 75, "gets 0, and batch normalisation needs 2"),
+        (("model.name=cnn_batchnorm", "training.batch_size=8"), 75, "normalisation needs 1"),
+        (("model.name=resnet", "training.batch_size=8"), 75, "normalisation needs 1"),
+    ],
+)
+def test_batches_too_small_for_several_processes_are_refused(
+    overrides: tuple[str, ...], num_images: int, message: str
+) -> None:
+    config = make_config(*overrides)
+    with pytest.raises(ConfigError, match=message):
+        check_batches(config, num_images, 4)
+    check_batches(config, num_images)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "num_images"),
+    [
+        (("model.name=cnn_small", "training.batch_size=8"), 73),
+        ((BATCH_NORM, "training.batch_size=8"), 80),
+        (("model.name=cnn_batchnorm", "training.batch_size=8"), 76),
+    ],
+)
+def test_batches_that_several_processes_can_share_are_accepted(
+    overrides: tuple[str, ...], num_images: int
+) -> None:
+    check_batches(make_config(*overrides), num_images, 4)
 
 
 # ── loss, precision, input ───────────────────────────────────────────────────────────────────
