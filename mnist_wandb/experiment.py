@@ -118,19 +118,14 @@ def run_experiment(
         if ranks.rank > 0:
             return _follow(config, plan, splits, model, ranks, should_stop)
         with open_folder(config, settings, preset, resume, count_parameters(model)) as folder:
-            checkpoint = None
             if resume is None:
                 facts = describe_environment(config, plan, splits, settings, preset, command)
                 folder.write_environment({**facts, "num_processes": ranks.size})
-            else:
-                checkpoint = _load_last(folder, splits)
-                if checkpoint is not None:
-                    _compare_environment(folder, plan, ranks)
+            checkpoint = _load_last(folder, splits, plan, ranks) if resume else None
             session = _Session(config, settings, folder, plan, splits, preset, started)
             session.num_parameters = count_parameters(model)
             session.is_preempted = is_preempted
-            session.confusions = confusions
-            session.ranks = ranks
+            session.confusions, session.ranks = confusions, ranks
             return session.run(model, checkpoint, emit, should_stop)
 
 
@@ -476,7 +471,7 @@ def write_checkpoint(
     save_checkpoint(checkpoint, folder.checkpoint_path("last"))
 
 
-def _load_last(folder: RunFolder, splits: Splits) -> Checkpoint | None:
+def _load_last(folder: RunFolder, splits: Splits, plan: Plan, ranks: Ranks) -> Checkpoint | None:
     """The checkpoint to continue from; None where the run was stopped before its first one."""
     summary = folder.read_summary()
     if summary is not None and summary.get("status") in ("finished", "early_stopped"):
@@ -491,6 +486,7 @@ def _load_last(folder: RunFolder, splits: Splits) -> Checkpoint | None:
             f"{folder.path}: the data have changed since this run was started (fingerprint"
             f" {splits.fingerprint[:12]}, then {checkpoint.data_fingerprint[:12]}); start a new run"
         )
+    _compare_environment(folder, plan, ranks)
     return checkpoint
 
 
