@@ -603,8 +603,8 @@ def main(arguments: Sequence[str]) -> int:
             code = app(args=list(arguments), prog_name="mnist-wandb", standalone_mode=False)
     except MnistWandbError as error:
         # Once a run has begun, its end is a failed run and no bad input any more.
-        if error.summary is not None:
-            return EXIT_FAILED  # the run has said why
+        if error.is_told:
+            return EXIT_FAILED
         failed = isinstance(error, DivergedError | LostProcessError)
         speaks = isinstance(error, LostProcessError) and error.speaks
         return _fail(str(error), EXIT_FAILED if failed else EXIT_BAD_INPUT, launch, speaks=speaks)

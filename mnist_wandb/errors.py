@@ -10,10 +10,12 @@ class MnistWandbError(Exception):
 
     Attributes:
         summary: the run's summary (runs.RunSummary) where a run had begun and was ended by this.
-            The message has been shown by then, so that it is in the run's own console log, too.
+        is_told: whether the message has been shown, so that it is in the run's own console log,
+            too.
     """
 
     summary: typing.Any = None
+    is_told: bool = False
 
 
 class ConfigError(MnistWandbError):

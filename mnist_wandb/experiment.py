@@ -307,6 +307,7 @@ class _Session:
         """End the run because of an error, which takes the summary along."""
         if isinstance(error, MnistWandbError):
             log.error("%s", error)  # before the W&B run ends, whose console log it belongs to
+            error.is_told = True
         try:
             summary = self.end(status, error=text)
         except RunError as second:  # a full disk, say: the first error is the cause

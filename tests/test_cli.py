@@ -76,7 +76,7 @@ def test_run_json_prints_one_object_with_the_documented_keys(cli: Cli) -> None:
     assert list(summary) == [
         "status", "run_dir", "name", "preset", "seed", "device", "num_parameters", "epochs",
         "steps", "training_seconds", "total_seconds", "images_per_second", "metrics", "wandb",
-        "error",
+        "error", "num_processes",
     ]  # fmt: skip
     assert summary["status"] == "finished"
     assert summary["preset"] == "quickstart"
