@@ -221,7 +221,10 @@ def test_a_killed_process_ends_all_and_the_run_goes_on_to_the_same_numbers(
     assert values_of(run) == undisturbed
 
 
-@pytest.mark.parametrize(("number", "receiver"), [(signal.SIGTERM, "torchrun"), (signal.SIGINT, 1)])
+@pytest.mark.parametrize(
+    ("number", "receiver"),
+    [(signal.SIGTERM, "torchrun"), pytest.param(signal.SIGINT, 1, marks=pytest.mark.slow)],
+)
 def test_a_signal_to_any_process_stops_all_after_the_same_step(
     number: int,
     receiver: str | int,

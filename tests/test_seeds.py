@@ -308,7 +308,9 @@ def run_line(program: Cli, line: str) -> Finished:
     return done
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
+)
 def test_seeds_stopped_together_go_on_as_single_runs(number: int, program: Cli) -> None:
     process = start("--seeds", "3", "--together", "yes", *SLOW, "tracking.mode=offline")
     wait_for_step(300, 3)
