@@ -478,7 +478,10 @@ def test_faults_of_the_server_lose_nothing(
 # ── sync ─────────────────────────────────────────────────────────────────────────────────────
 
 
-@pytest.mark.parametrize("record", ["offline", "disabled", "missing", "damaged", "killed"])
+@pytest.mark.parametrize(
+    "record",
+    ["offline", "disabled", pytest.param("missing", marks=pytest.mark.slow), "damaged", "killed"],
+)
 def test_sync_uploads_a_run_however_it_was_recorded(
     online: Callable[..., Finished], server: WandbServer, undisturbed: Run, record: str
 ) -> None:

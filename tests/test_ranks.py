@@ -165,6 +165,7 @@ def test_a_compiled_model_trains_in_several_processes(torchrun: Callable[..., Fi
     assert json.loads(done.out)["status"] == "finished"
 
 
+@pytest.mark.slow
 def test_two_machines_train_one_run(start: Start, program: Callable[..., Finished]) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -187,7 +188,7 @@ def test_two_machines_train_one_run(start: Start, program: Callable[..., Finishe
 # ── stopped, killed, continued ───────────────────────────────────────────────────────────────
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_a_killed_process_ends_all_and_the_run_goes_on_to_the_same_numbers(
     rank: int,
     undisturbed: list[dict[str, Any]],

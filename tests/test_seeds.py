@@ -386,7 +386,7 @@ def online(monkeypatch: pytest.MonkeyPatch) -> Iterator[WandbServer]:
 TRACKED = (*PLAIN, "training.epochs=3", "data.train_size=300", "tracking.entity=team")
 
 
-@pytest.mark.parametrize("together", ["yes", "no"])
+@pytest.mark.parametrize("together", ["yes", pytest.param("no", marks=pytest.mark.slow)])
 def test_w_and_b_gets_n_ordinary_runs_in_one_group(
     together: str, online: WandbServer, program: Cli
 ) -> None:
