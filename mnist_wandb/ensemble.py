@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state, vmap
 
 from mnist_wandb.augment import is_off
-from mnist_wandb.config import LinearConfig, MlpConfig, ModelConfig, ResnetConfig, RunConfig
+from mnist_wandb.config import LinearConfig, MlpConfig, RunConfig
 from mnist_wandb.data import Splits, batch_indices
 from mnist_wandb.device import Plan, deterministic_mode
 from mnist_wandb.errors import DivergedError
@@ -33,6 +33,7 @@ from mnist_wandb.train import (
     StepDone,
     TrainingState,
     make_state,
+    normalises,
 )
 
 log = logging.getLogger(__name__)
@@ -54,7 +55,9 @@ def why_apart(config: RunConfig, plan: Plan) -> str | None:
     dropout = getattr(config.model, "dropout", ())
     reasons = {
         "dropout draws random numbers": any(dropout if isinstance(dropout, tuple) else (dropout,)),
-        "batch normalisation": _normalises(config.model),
+        # Rounding grows fast with it: a bias before it has a gradient of zero, and Adam makes whole
+        # steps of the rounding errors.
+        "batch normalisation": normalises(config.model),
         "data.augment draws random numbers": not is_off(config.data.augment),
         f"precision {plan.precision}; training.precision=fp32 allows it": plan.precision != "fp32",
         "training.compile": plan.compile,
@@ -62,19 +65,6 @@ def why_apart(config: RunConfig, plan: Plan) -> str | None:
         "tracking.log_model=every_epoch": config.tracking.log_model == "every_epoch",
     }
     return next((reason for reason, holds in reasons.items() if holds), None)
-
-
-def _normalises(model: ModelConfig) -> bool:
-    """Whether there is batch normalisation: rounding grows fast with it, by weights without effect.
-
-    (A bias before it has a gradient of zero, of which Adam makes whole steps of rounding errors.)
-    """
-    blocks = getattr(model, "blocks", ())
-    return (
-        isinstance(model, ResnetConfig)
-        or getattr(model, "batch_norm", False)
-        or any(block.batch_norm for block in blocks)
-    )
 
 
 def pays(config: RunConfig, plan: Plan, num_parameters: int) -> tuple[bool, str]:

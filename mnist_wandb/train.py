@@ -18,7 +18,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from mnist_wandb.augment import augment, is_off
 from mnist_wandb.checkpoint import Checkpoint, describe_data
-from mnist_wandb.config import IMAGE_SIZE, MlpConfig, ResnetConfig, RunConfig
+from mnist_wandb.config import IMAGE_SIZE, MlpConfig, ModelConfig, ResnetConfig, RunConfig
 from mnist_wandb.data import Preprocessing, Splits, batch_indices
 from mnist_wandb.device import Plan, choose_plan, deterministic_mode
 from mnist_wandb.errors import CheckpointError, ConfigError, DivergedError
@@ -303,7 +303,7 @@ def check_batches(config: RunConfig, num_images: int, num_processes: int = 1) ->
         )
     last = num_images % batch_size or batch_size
     smallest = last // num_processes
-    needed = 2 if _normalises_single_values(config) else int(_normalises(config))
+    needed = 2 if _normalises_single_values(config) else int(normalises(config.model))
     if smallest >= needed:
         return
     if num_processes == 1:
@@ -318,12 +318,13 @@ def check_batches(config: RunConfig, num_images: int, num_processes: int = 1) ->
     )
 
 
-def _normalises(config: RunConfig) -> bool:
-    if isinstance(config.model, MlpConfig):
-        return config.model.batch_norm
-    if isinstance(config.model, ResnetConfig):
-        return True
-    return any(block.batch_norm for block in getattr(config.model, "blocks", ()))
+def normalises(model: ModelConfig) -> bool:
+    """Whether a model has batch normalisation."""
+    return (
+        isinstance(model, ResnetConfig)
+        or getattr(model, "batch_norm", False)
+        or any(block.batch_norm for block in getattr(model, "blocks", ()))
+    )
 
 
 def _normalises_single_values(config: RunConfig) -> bool:

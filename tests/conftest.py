@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
 import struct
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pexpect
@@ -183,3 +186,21 @@ def real_data() -> Path:
     if not (REAL_DATA_DIR / "MNIST" / "raw" / "train-images-idx3-ubyte").is_file():
         pytest.skip("needs the real MNIST: set MNIST_WANDB_DATA_DIR to a folder that has it")
     return REAL_DATA_DIR
+
+
+def wait_for_step(step: int) -> Path:
+    """The folder of a run below `runs`, once its metrics have reached a step."""
+    end = time.monotonic() + 120
+    while time.monotonic() < end:
+        for path in Path("runs").glob("*/metrics.jsonl"):
+            lines = path.read_text().splitlines()
+            if len(lines) > 1 and json.loads(lines[-2])["step"] >= step:
+                return path.parent
+        time.sleep(0.01)
+    raise AssertionError(f"no run reached step {step}")
+
+
+def values_of(run: Path) -> list[dict[str, Any]]:
+    """The rows of a run's metrics without those that differ each time."""
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if k != "train/images_per_second"} for row in rows]

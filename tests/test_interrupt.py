@@ -7,14 +7,13 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pexpect
 import pytest
-from conftest import Finished, Terminal
+from conftest import Finished, Terminal, values_of, wait_for_step
 
 # Dropout, augmentation, momentum and EMA are on: all randomness and all state must come back.
 OVERRIDES = (
@@ -37,23 +36,6 @@ def start(*arguments: str) -> subprocess.Popen[str]:
         text=True,
         start_new_session=True,
     )
-
-
-def wait_for_step(step: int, timeout: float = 60) -> Path:
-    """The run folder, once its metrics have reached a step."""
-    end = time.monotonic() + timeout
-    while time.monotonic() < end:
-        for path in Path("runs").glob("*/metrics.jsonl"):
-            lines = path.read_text().splitlines()
-            if len(lines) > 1 and json.loads(lines[-2])["step"] >= step:
-                return path.parent
-        time.sleep(0.02)
-    raise AssertionError(f"no run reached step {step}")
-
-
-def values_of(run: Path) -> list[dict[str, Any]]:
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if k != "train/images_per_second"} for row in rows]
 
 
 @pytest.fixture(scope="module")

@@ -9,13 +9,12 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Finished
+from conftest import Finished, values_of, wait_for_step
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="needs Linux")
 
@@ -90,22 +89,6 @@ def ranks_of(agent: subprocess.Popen[str]) -> dict[int, int]:
 
 def errors_in(text: str) -> list[str]:
     return [line for line in text.splitlines() if line.startswith("error: ")]
-
-
-def wait_for_step(step: int) -> Path:
-    end = time.monotonic() + 120
-    while time.monotonic() < end:
-        for path in Path("runs").glob("*/metrics.jsonl"):
-            lines = path.read_text().splitlines()
-            if len(lines) > 1 and json.loads(lines[-2])["step"] >= step:
-                return path.parent
-        time.sleep(0.01)
-    raise AssertionError(f"no run reached step {step}")
-
-
-def values_of(run: Path) -> list[dict[str, Any]]:
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if k != "train/images_per_second"} for row in rows]
 
 
 @pytest.fixture(scope="module")
