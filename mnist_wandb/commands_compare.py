@@ -22,7 +22,7 @@ RunsArgument = Annotated[
     list[str] | None,
     typer.Argument(
         metavar="RUN|FOLDER|SWEEP...",
-        help="Runs (folder, id or latest), folders of runs, sweeps by name or id;"
+        help="Runs (folder, id or latest), folders of runs, sweeps by name, id or file;"
         " default: the runs folder.",
         show_default=False,
     ),

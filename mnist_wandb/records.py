@@ -17,7 +17,8 @@ import numpy as np
 
 from mnist_wandb.errors import MnistWandbError, RunError
 from mnist_wandb.metrics import EvalResult
-from mnist_wandb.runs import RunFolder, RunSummary, list_runs
+from mnist_wandb.runs import RunFolder, RunSummary, list_runs, list_sweep_runs, study_name
+from mnist_wandb.sweepfile import load_sweep
 
 SPLIT_KEYS = ("data.dataset", "data.val_from", "data.val_fraction", "data.split_seed")
 """Settings that decide which images validate and test."""
@@ -85,7 +86,8 @@ def find_runs(specs: Sequence[str], root: Path) -> list[RunFolder]:
     """Find the runs of RUN|FOLDER|SWEEP texts, each once, in the order given.
 
     Args:
-        specs: a run (folder, name, id or latest), a folder of run folders, or a sweep's name or id.
+        specs: a run (folder, name, id or latest), a folder of run folders, or a sweep's name, id or
+            file.
         root: where runs and the runs of sweeps are looked up.
 
     Raises:
@@ -121,14 +123,18 @@ def _runs_of(spec: str, root: Path) -> list[RunFolder]:
 
 def _sweep_runs(spec: str, root: Path) -> list[RunFolder]:
     """The runs below `root` that record a sweep's id, name or file; in the order of their start."""
-    names = {spec, Path(spec).name, Path(spec).stem} - {""}
+    if Path(spec).suffix in (".yaml", ".yml") and Path(spec).is_file():
+        names = {study_name(load_sweep(spec))}
+    else:
+        names = {spec, Path(spec).name} - {""}
     found = []
-    for run in list_runs(root):
+    # An agent's runs lie among the others, those of `sweep run` in the sweep's own folder.
+    for run in (*list_runs(root), *list_sweep_runs(root)):
         try:
-            sweep = run.read_environment().get("sweep_id") or run.read_config().tracking.group
+            sweep = {run.read_environment().get("sweep_id"), run.read_config().tracking.group}
         except MnistWandbError:
             continue
-        if sweep in names:
+        if sweep & names:
             found.append(run)
     return found
 

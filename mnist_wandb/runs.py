@@ -15,7 +15,7 @@ import time
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from filelock import FileLock, Timeout
@@ -24,6 +24,9 @@ from mnist_wandb.config import RunConfig
 from mnist_wandb.errors import CheckpointError, ConfigError, RunError
 from mnist_wandb.loading import load_config, to_yaml
 from mnist_wandb.metrics import EvalResult, Ints
+
+if TYPE_CHECKING:
+    from mnist_wandb.sweepfile import SweepFile
 
 log = logging.getLogger(__name__)
 
@@ -361,6 +364,11 @@ def find_checkpoint(spec: str, root: Path) -> Path:
 def list_sweep_runs(root: Path) -> list[RunFolder]:
     """The run folders of all sweeps below `root`, oldest first of each sweep."""
     return [RunFolder(path.parent) for path in sorted(root.glob("*/*/config.yaml"))]
+
+
+def study_name(sweep: SweepFile) -> str:
+    """A sweep's name in its database, its folder's name, and its id in the record of a run."""
+    return f"{slug(sweep.name)}-{sweep.digest}"
 
 
 def slug(name: str) -> str:

@@ -30,7 +30,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from mnist_wandb.distributions import EDGE
 from mnist_wandb.errors import SweepError
-from mnist_wandb.runs import ID_LENGTH, slug
+from mnist_wandb.runs import ID_LENGTH, study_name
 from mnist_wandb.sweepfile import Metric, Parameter, SweepFile
 
 HEARTBEAT_SECONDS = 5
@@ -105,11 +105,6 @@ class Claim:
 def sweep_folder(sweep: SweepFile, runs_dir: Path) -> Path:
     """Where a sweep's run folders and its SQLite file are."""
     return runs_dir / study_name(sweep)
-
-
-def study_name(sweep: SweepFile) -> str:
-    """A sweep's name in its database and on the disk."""
-    return f"{slug(sweep.name)}-{sweep.digest}"
 
 
 def lock_path(folder: Path, name: str) -> Path:

@@ -24,7 +24,7 @@ LEAST_ACCURACY = {
     "lab_step_mlp_large": 0.975,
     "lab_step_cnn_small": 0.985,
     "lab_step_cnn_large": 0.988,
-    "lab_fashion_batchnorm": 0.800,
+    "lab_fashion_batchnorm": 0.700,
     "lab_fashion_resnet": 0.900,
     "lab_data_size": 0.840,
     "lab_overfit": 0.880,
@@ -32,7 +32,7 @@ LEAST_ACCURACY = {
     "lab_shortcut": 0.860,
 }
 """Test accuracy that each preset reaches with any seed."""
-HOURS_WITHOUT_A_GPU = {"lab_fashion_resnet", "lab_fashion_batchnorm"}
+HOURS_WITHOUT_A_GPU = {"lab_fashion_resnet"}
 
 
 def test_every_preset_of_the_labs_has_a_known_result() -> None:

@@ -168,6 +168,18 @@ def test_a_trial_is_found_by_its_id_as_any_run(
     assert cli("evaluate", "latest").code == 2  # a sweep's trials are none of one's own runs
 
 
+def test_its_runs_are_compared_by_its_file_name_or_id(
+    undisturbed: dict[str, Any], cli: Callable[..., Finished], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(undisturbed["folder"])
+    folder = Path(undisturbed["outcome"]["folder"])
+    by_folder = cli("compare", str(folder), "--json")
+    assert by_folder.code == 0, by_folder.err
+    assert json.loads(by_folder.out)["groups"]
+    for sweep in ("mine.yaml", folder.name, load_sweep("mine.yaml").name):
+        assert cli("compare", sweep, "--json") == by_folder
+
+
 def test_a_finished_sweep_has_nothing_left_to_do_and_says_its_status(
     undisturbed: dict[str, Any], monkeypatch: pytest.MonkeyPatch, cli: Callable[..., Finished]
 ) -> None:
