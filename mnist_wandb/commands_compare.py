@@ -82,10 +82,15 @@ def compare(
     ] = None,
     as_json: JsonOption = False,
     as_csv: Annotated[bool, typer.Option("--csv", help="One line per group on stdout.")] = False,
+    as_markdown: Annotated[
+        bool, typer.Option("--markdown", help="The groups as a Markdown table, for a README.")
+    ] = False,
 ) -> int:
     """Compare runs: means over seeds with intervals, and whether differences are real."""
-    if as_json and as_csv:
-        raise ConfigError("--json and --csv: choose one")
+    forms = {"--json": as_json, "--csv": as_csv, "--markdown": as_markdown}
+    chosen = [form for form, is_chosen in forms.items() if is_chosen]
+    if len(chosen) > 1:
+        raise ConfigError(f"{' and '.join(chosen)}: choose one")
     if wandb is not None and runs:
         raise ConfigError(f"--wandb {wandb} and {runs[0]}: choose one, runs in W&B or folders")
     comparison = _read_comparison(load_settings(), runs, metric, group_by, pair, wandb)
@@ -99,7 +104,8 @@ def compare(
         from mnist_wandb.display import WIDTH_OF_COMPARISONS, make_console, print_comparison
 
         console = make_console(width=WIDTH_OF_COMPARISONS)
-        print_comparison(console, make_console(stderr=True), comparison)
+        messages = make_console(stderr=True)
+        print_comparison(console, messages, comparison, markdown=as_markdown)
     return EXIT_DONE
 
 

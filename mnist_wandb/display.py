@@ -12,6 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+from rich import box
 from rich.console import Console, Group
 from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -263,13 +264,39 @@ def print_evaluation(console: Console, result: EvalResult) -> None:
     console.print(matrix)
 
 
-def print_comparison(console: Console, messages: Console, comparison: Comparison) -> None:
-    """Print groups and tests; what is wrong with the runs goes to `messages`."""
-    from mnist_wandb.compare import explain_pair, short_keys, show_sample
+def print_comparison(
+    console: Console, messages: Console, comparison: Comparison, *, markdown: bool = False
+) -> None:
+    """Print groups and tests; what is wrong with the runs goes to `messages`.
+
+    Args:
+        console: where the table goes.
+        messages: where the rest goes.
+        comparison: what is printed.
+        markdown: print the table of groups only, as Markdown.
+    """
+    from mnist_wandb.compare import explain_pair
+
+    console.print(_comparison_table(comparison, markdown))
+    if not markdown:
+        for pair in comparison.pairs:
+            for line in explain_pair(pair, comparison):
+                console.print(line)
+    for item in comparison.left_out:
+        messages.print(f"left out: {item.run}: {item.status}: {item.reason}")
+    for warning in comparison.warnings:
+        messages.print(f"warning: {warning}")
+
+
+def _comparison_table(comparison: Comparison, markdown: bool) -> Table:
+    from mnist_wandb.compare import short_keys, show_sample
     from mnist_wandb.records import show_value
 
-    title = f"{comparison.metric} over seeds; {comparison.test_metric} is shown and never chooses"
-    table = Table("", title=title, title_justify="left")
+    if markdown:
+        table = Table("group", box=box.MARKDOWN)
+    else:
+        title = f"{comparison.metric} over seeds; {comparison.test_metric} is shown"
+        table = Table("", title=f"{title} and never chooses", title_justify="left")
     for word in short_keys(comparison.columns).values():
         table.add_column(word, overflow="fold")
     for heading in ("n", "mean ± std", "95 % interval", "best", "test ± std"):
@@ -291,14 +318,7 @@ def print_comparison(console: Console, messages: Console, comparison: Comparison
             f"{group.training_seconds:.1f}",
             f"{group.images_per_second:,.0f}",
         )
-    console.print(table)
-    for pair in comparison.pairs:
-        for line in explain_pair(pair, comparison):
-            console.print(line)
-    for item in comparison.left_out:
-        messages.print(f"left out: {item.run}: {item.status}: {item.reason}")
-    for warning in comparison.warnings:
-        messages.print(f"warning: {warning}")
+    return table
 
 
 def print_seeds(console: Console, result: SeedsResult) -> None:

@@ -267,6 +267,23 @@ def test_compare_json_and_csv_hold_the_same_groups(cli: Cli, runs_dir: Path) -> 
     assert sum(group["n"] for group in found["groups"]) == 7
 
 
+def test_compare_as_markdown_is_the_table_alone(cli: Cli, runs_dir: Path) -> None:
+    found = json.loads(cli("compare", "--json").out)
+    lines = cli("compare", "--markdown").out.splitlines()
+    rows = [
+        [cell.strip() for cell in line.strip().strip("|").split("|")]
+        for line in lines
+        if line.strip()
+    ]
+    assert {len(row) for row in rows} == {len(rows[0])}
+    assert rows[0][0] == "group"
+    assert all(set(cell) == {"-"} for cell in rows[1])
+    mean = rows[0].index("mean ± std")
+    assert [row[0] for row in rows[2:]] == [group["group"] for group in found["groups"]]
+    for row, group in zip(rows[2:], found["groups"], strict=True):
+        assert row[mean].startswith(f"{group['mean']:.4f}")
+
+
 def test_compare_takes_a_sweep_by_name_and_a_pair_by_run(cli: Cli, runs_dir: Path) -> None:
     runs = list_runs(runs_dir)
     pair = (runs[4].run_id, runs[6].path.name)
@@ -292,6 +309,7 @@ def test_compare_says_what_it_leaves_out_and_warns_on_stderr(cli: Cli, runs_dir:
     ("arguments", "message"),
     [
         (("--json", "--csv"), "error: --json and --csv: choose one"),
+        (("--csv", "--markdown"), "error: --csv and --markdown: choose one"),
         (("--metric", "test/loss"), "error: --metric test/loss: test scores are shown and never"),
         (("nowhere",), "error: nowhere: no run folder of that path, name or id in runs"),
     ],
