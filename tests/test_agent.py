@@ -122,6 +122,7 @@ def wait_for_step(client: Client, step: int) -> None:
 # ── to the end ───────────────────────────────────────────────────────────────────────────────
 
 
+@pytest.mark.slow
 def test_two_agents_side_by_side_run_the_quick_sweep_to_its_end(
     server: WandbServer, client: Client
 ) -> None:
@@ -146,7 +147,15 @@ def test_two_agents_side_by_side_run_the_quick_sweep_to_its_end(
     assert sweep.best_loss == max(run.summary["best/val_accuracy"] for run in sweep.runs)
 
 
-@pytest.mark.parametrize("macro", ["${args}", "${args_no_hyphens}", "${args_json}", None])
+@pytest.mark.parametrize(
+    "macro",
+    [
+        "${args}",
+        pytest.param("${args_no_hyphens}", marks=pytest.mark.slow),
+        pytest.param("${args_json}", marks=pytest.mark.slow),
+        None,
+    ],
+)
 def test_every_form_of_command_gives_a_run_its_parameters(
     server: WandbServer, client: Client, macro: str | None
 ) -> None:
@@ -222,7 +231,9 @@ def cancel(server: WandbServer, run: Run) -> None:
     server.set_sweep_state(str(run.sweep), "CANCELED")
 
 
-@pytest.mark.parametrize("stop", [press_stop, stop_early, cancel])
+@pytest.mark.parametrize(
+    "stop", [press_stop, stop_early, pytest.param(cancel, marks=pytest.mark.slow)]
+)
 def test_a_run_that_its_sweep_stops_ends_with_a_checkpoint_and_never_comes_back(
     server: WandbServer, client: Client, stop: Callable[[WandbServer, Run], None]
 ) -> None:

@@ -57,8 +57,8 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]
     ("number", "mode"),
     [
         (signal.SIGTERM, "offline"),
-        (signal.SIGINT, "disabled"),
-        (signal.SIGKILL, "disabled"),
+        pytest.param(signal.SIGINT, "disabled", marks=pytest.mark.slow),
+        pytest.param(signal.SIGKILL, "disabled", marks=pytest.mark.slow),
         (signal.SIGKILL, "offline"),
     ],
 )
@@ -142,6 +142,7 @@ def test_a_signal_before_training_ends_at_once_and_leaves_nothing(number: int) -
     assert list(Path().glob("runs/*")) == []
 
 
+@pytest.mark.slow
 def test_the_upload_command_names_the_records_of_all_sessions(
     program: Callable[..., Finished],
 ) -> None:

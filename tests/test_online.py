@@ -238,7 +238,9 @@ def stop_midway(number: int, *arguments: str, step: int = 300) -> Path:
     return only_run()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize(
+    "number", [pytest.param(signal.SIGTERM, marks=pytest.mark.slow), signal.SIGKILL]
+)
 def test_a_resumed_run_goes_on_in_the_same_wandb_run_without_gap_or_double(
     online: Callable[..., Finished], server: WandbServer, number: int
 ) -> None:
@@ -251,6 +253,7 @@ def test_a_resumed_run_goes_on_in_the_same_wandb_run_without_gap_or_double(
     assert remote.summary["status"] == "finished"
 
 
+@pytest.mark.slow
 def test_a_resumed_run_stays_in_the_project_that_it_began_in(
     online: Callable[..., Finished], server: WandbServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -445,10 +448,10 @@ def assert_sync_changes_nothing(online: Callable[..., Finished], server: WandbSe
     "fault",
     [
         {"status": 500, "requests": 6},
-        {"status": 429, "requests": 6},
-        {"status": 403, "only": ["file_stream"]},
-        {"status": 500},
-        {"hang": True},
+        pytest.param({"status": 429, "requests": 6}, marks=pytest.mark.slow),
+        pytest.param({"status": 403, "only": ["file_stream"]}, marks=pytest.mark.slow),
+        pytest.param({"status": 500}, marks=pytest.mark.slow),
+        pytest.param({"hang": True}, marks=pytest.mark.slow),
         {"cut_uploads": True, "only": ["upload"]},
     ],
     ids=["500-for-a-while", "429-for-a-while", "403-on-the-stream", "500", "hanging", "cut"],
@@ -480,7 +483,13 @@ def test_faults_of_the_server_lose_nothing(
 
 @pytest.mark.parametrize(
     "record",
-    ["offline", "disabled", pytest.param("missing", marks=pytest.mark.slow), "damaged", "killed"],
+    [
+        "offline",
+        "disabled",
+        pytest.param("missing", marks=pytest.mark.slow),
+        pytest.param("damaged", marks=pytest.mark.slow),
+        "killed",
+    ],
 )
 def test_sync_uploads_a_run_however_it_was_recorded(
     online: Callable[..., Finished], server: WandbServer, undisturbed: Run, record: str
@@ -511,6 +520,7 @@ def test_sync_uploads_a_run_however_it_was_recorded(
     assert_sync_changes_nothing(online, server)
 
 
+@pytest.mark.slow
 def test_refused_artifacts_are_told_and_sent_by_sync(
     online: Callable[..., Finished], server: WandbServer
 ) -> None:

@@ -245,6 +245,7 @@ def test_three_processes_go_on_to_the_same_numbers(
     assert values_of(run) == values_of(Path("undisturbed") / Path(whole["run_dir"]).name)
 
 
+@pytest.mark.slow
 def test_a_run_of_two_processes_goes_on_in_one(
     start: Start, program: Callable[..., Finished]
 ) -> None:
@@ -259,6 +260,7 @@ def test_a_run_of_two_processes_goes_on_in_one(
     assert (summary["status"], summary["steps"], summary["num_processes"]) == ("finished", STEPS, 1)
 
 
+@pytest.mark.slow
 def test_a_full_disk_at_process_0_ends_all_with_one_message(start: Start) -> None:
     agent = start("run", *EVERYTHING_ON, "training.epochs=5000", "tracking.mode=disabled")
     run = wait_for_step(60)

@@ -338,6 +338,7 @@ def test_seeds_stopped_together_go_on_as_single_runs(number: int, program: Cli) 
     assert "0.9" in run_line(program, line + " --json").out
 
 
+@pytest.mark.slow
 def test_seeds_stopped_one_after_the_other_name_what_is_left(program: Cli) -> None:
     arguments = ("--seeds", "3", "--together", "no", *SLOW, "seed=4", "tracking.mode=disabled")
     process = start(*arguments)

@@ -313,6 +313,7 @@ def start_sweep(server: WandbServer, client: Client, text: str) -> Sweep:
     return sweep
 
 
+@pytest.mark.slow
 def test_an_agent_runs_a_grid_to_its_end(server: WandbServer, client: Client) -> None:
     sweep = start_sweep(server, client, SWEEP)
     client(*WANDB, "agent", f"tester/digits/{sweep.id}")
