@@ -14,22 +14,22 @@ from mnist_wandb.loading import load_config, preset_names
 Cli = Callable[..., Finished]
 
 LEAST_ACCURACY = {
-    "lab_softmax": 0.920,
+    "lab_softmax": 0.923,
     "lab_dropout_mlp": 0.976,
-    "lab_pyramid": 0.970,
-    "lab_pyramid_rotated": 0.965,
-    "lab_64x3": 0.960,
-    "lab_fashion_128": 0.860,
-    "lab_step_mlp_small": 0.975,
-    "lab_step_mlp_large": 0.975,
-    "lab_step_cnn_small": 0.985,
-    "lab_step_cnn_large": 0.988,
-    "lab_fashion_batchnorm": 0.700,
+    "lab_pyramid": 0.974,
+    "lab_pyramid_rotated": 0.979,
+    "lab_64x3": 0.967,
+    "lab_fashion_128": 0.865,
+    "lab_step_mlp_small": 0.980,
+    "lab_step_mlp_large": 0.980,
+    "lab_step_cnn_small": 0.988,
+    "lab_step_cnn_large": 0.986,
+    "lab_fashion_batchnorm": 0.875,
     "lab_fashion_resnet": 0.900,
-    "lab_data_size": 0.840,
-    "lab_overfit": 0.880,
-    "lab_regularise": 0.940,
-    "lab_shortcut": 0.860,
+    "lab_data_size": 0.880,
+    "lab_overfit": 0.890,
+    "lab_regularise": 0.950,
+    "lab_shortcut": 0.870,
 }
 """Test accuracy that each preset reaches with any seed."""
 HOURS_WITHOUT_A_GPU = {"lab_fashion_resnet"}
