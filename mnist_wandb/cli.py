@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from mnist_wandb import __version__, commands_compare, commands_lab
 from mnist_wandb.background import note_client_is_busy
@@ -84,12 +85,16 @@ app = typer.Typer(
 app.add_typer(sweep_app, name="sweep")
 
 
-def _settings_help() -> str:
-    """All settings with their documentation, as an epilog that click leaves alone."""
-    lines = ["\b", "Settings (section.field=value), defaults in brackets:"]
-    for name, default, description in settings_table():
-        lines.append(f"  {name} [{default if len(default) < 24 else '…'}]: {description}")
-    return "\n".join(lines)
+class _CommandWithSettings(TyperCommand):
+    """A command whose help ends with all settings; made when asked for, as it takes a while."""
+
+    def format_epilog(self, ctx: Any, formatter: Any) -> None:
+        """Write name, default and documentation of each setting."""
+        lines = ["\b", "Settings (section.field=value), defaults in brackets:"]  # \b: not wrapped
+        for name, default, description in settings_table():
+            lines.append(f"  {name} [{default if len(default) < 24 else '…'}]: {description}")
+        self.epilog = "\n".join(lines)
+        super().format_epilog(ctx, formatter)
 
 
 def _version(value: bool) -> None:
@@ -114,7 +119,7 @@ def _root(
 # ── run ──────────────────────────────────────────────────────────────────────────────────────
 
 
-@app.command(context_settings=WITH_OVERRIDES, epilog=_settings_help())
+@app.command(context_settings=WITH_OVERRIDES, cls=_CommandWithSettings)
 def run(
     context: typer.Context,
     config: ConfigOption = None,

@@ -312,9 +312,9 @@ class CnnConfig(_ModelSection):
 
     name: str = _model_name("cnn")
     blocks: tuple[ConvBlock, ...] = Field(
-        (
-            ConvBlock(channels=16, kernel_size=5, pool=2),
-            ConvBlock(channels=32, kernel_size=5, pool=2),
+        (  # not validated here: that would build the validator, with each start of the program
+            ConvBlock.model_construct(channels=16, kernel_size=5, pool=2),
+            ConvBlock.model_construct(channels=32, kernel_size=5, pool=2),
         ),
         strict=False,
         min_length=1,
