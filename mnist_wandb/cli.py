@@ -59,7 +59,6 @@ from mnist_wandb.settings import (
     load_settings,
 )
 from mnist_wandb.signals import EXIT_INTERRUPTED, StoppedBeforeTraining, StopSignals
-from mnist_wandb.sweepschema import sweep_schema
 
 if TYPE_CHECKING:
     from mnist_wandb.metrics import EvalResult
@@ -527,6 +526,8 @@ def schema(
     ] = "run",
 ) -> int:
     """Print the JSON Schema of config files or of sweep files, for editors."""
+    from mnist_wandb.sweepschema import sweep_schema
+
     schemas = {"run": json_schema, "sweep": sweep_schema}
     if what not in schemas:
         raise ConfigError(f"schema: got {what!r}, allowed: {', '.join(schemas)}")

@@ -10,16 +10,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mnist_wandb.agent import SampleCheck, check_sweep, example_command
 from mnist_wandb.errors import SweepError
 from mnist_wandb.options import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILED, JsonOption
 from mnist_wandb.settings import load_settings
 from mnist_wandb.signals import EXIT_INTERRUPTED, StopSignals
-from mnist_wandb.sweepfile import SweepFile, find_sweep, load_sweep, sweep_names
-from mnist_wandb.sweepyaml import Problem
 
 if TYPE_CHECKING:
+    from mnist_wandb.agent import SampleCheck
     from mnist_wandb.study import TrialRecord
+    from mnist_wandb.sweepfile import SweepFile
+    from mnist_wandb.sweepyaml import Problem
 
 NUM_BEST = 10
 
@@ -32,6 +32,8 @@ sweep_app = typer.Typer(
 
 
 def _complete_sweep(incomplete: str) -> list[str]:
+    from mnist_wandb.sweepfile import sweep_names
+
     return [name for name in sweep_names() if name.startswith(incomplete)]
 
 
@@ -74,6 +76,9 @@ def run(
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
 ) -> int:
     """Run a sweep to its end, going on where it stood."""
+    from mnist_wandb.agent import check_sweep
+    from mnist_wandb.sweepfile import find_sweep
+
     sweep, problems, _ = check_sweep(find_sweep(file))
     if sweep is None or any(problem.is_error for problem in problems):
         raise SweepError("\n".join(str(problem) for problem in problems if problem.is_error))
@@ -147,6 +152,8 @@ def _describe(sweep: SweepFile, folder: Path, records: Sequence[TrialRecord]) ->
 @sweep_app.command("status")
 def status(file: FileArgument, storage: StorageOption = None, as_json: JsonOption = False) -> int:
     """Say how far a sweep is, which trials are the best, and how long it will take."""
+    from mnist_wandb.sweepfile import load_sweep
+
     sweep = load_sweep(file)
     settings = load_settings()
     from mnist_wandb.display import describe_seconds, make_console, print_sweep
@@ -168,6 +175,9 @@ def status(file: FileArgument, storage: StorageOption = None, as_json: JsonOptio
 @sweep_app.command("check")
 def check(file: FileArgument, as_json: JsonOption = False) -> int:
     """Say everything that is wrong with a sweep file, before anything runs."""
+    from mnist_wandb.agent import check_sweep
+    from mnist_wandb.sweepfile import find_sweep
+
     sweep, problems, samples = check_sweep(find_sweep(file))
     errors = [problem for problem in problems if problem.is_error]
     commands = [] if sweep is None or samples is None else _commands(sweep, samples)
@@ -200,4 +210,6 @@ def check(file: FileArgument, as_json: JsonOption = False) -> int:
 
 def _commands(sweep: SweepFile, samples: SampleCheck) -> list[str]:
     """A few command lines as an agent would build them."""
+    from mnist_wandb.agent import example_command
+
     return [shlex.join(example_command(sweep, point)) for point in samples.points]

@@ -14,8 +14,6 @@ from pathlib import Path
 from typing import Literal
 from urllib.parse import urlsplit
 
-from dotenv import dotenv_values
-
 from mnist_wandb.config import RunConfig
 from mnist_wandb.errors import ConfigError
 
@@ -119,6 +117,8 @@ def load_settings(env_file: Path | None = Path(".env")) -> Settings:
     """
     launch = load_launch()  # first: these are no settings for `.env`
     if env_file is not None and env_file.is_file():
+        from dotenv import dotenv_values
+
         try:
             found = dotenv_values(env_file)
             for key, value in found.items():
