@@ -76,13 +76,7 @@ def run(
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
 ) -> int:
     """Run a sweep to its end, going on where it stood."""
-    from mnist_wandb.agent import check_sweep
-    from mnist_wandb.sweepfile import find_sweep
-
-    sweep, problems, _ = check_sweep(find_sweep(file))
-    if sweep is None or any(problem.is_error for problem in problems):
-        raise SweepError("\n".join(str(problem) for problem in problems if problem.is_error))
-    _warn(problems)
+    sweep = _load_checked(file)
     settings = load_settings()
     stop = StopSignals()
     stop.install()
@@ -117,6 +111,17 @@ def run(
         return EXIT_INTERRUPTED + (stop.received or 0)
     nothing_worked = not best and any(record.state == "failed" for record in outcome.records)
     return EXIT_FAILED if outcome.status == "failed" or nothing_worked else EXIT_DONE
+
+
+def _load_checked(file: str) -> SweepFile:
+    from mnist_wandb.agent import check_sweep
+    from mnist_wandb.sweepfile import find_sweep
+
+    sweep, problems, _ = check_sweep(find_sweep(file))
+    if sweep is None or any(problem.is_error for problem in problems):
+        raise SweepError("\n".join(str(problem) for problem in problems if problem.is_error))
+    _warn(problems)
+    return sweep
 
 
 def _warn(problems: Sequence[Problem]) -> None:
