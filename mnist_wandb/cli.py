@@ -594,8 +594,6 @@ def main(arguments: Sequence[str]) -> int:
     Of several processes that torchrun has started, the first of each machine shows errors, and
     process 0 alone everything else.
     """
-    # The first validator looks for plugins in all installed packages: start-up time for nothing.
-    os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "1")
     launch = None
     try:
         launch = load_launch()

@@ -22,8 +22,8 @@ RunsArgument = Annotated[
     list[str] | None,
     typer.Argument(
         metavar="RUN|FOLDER|SWEEP...",
-        help="Runs (folder, id or latest), folders of runs, sweeps by name, id or file;"
-        " default: the runs folder.",
+        help="Runs (folder, id or latest), folders of runs, sweeps by file, name or id (those of an"
+        " agent by W&B's id); default: the runs folder.",
         show_default=False,
     ),
 ]
@@ -83,7 +83,7 @@ def compare(
     as_json: JsonOption = False,
     as_csv: Annotated[bool, typer.Option("--csv", help="One line per group on stdout.")] = False,
     as_markdown: Annotated[
-        bool, typer.Option("--markdown", help="The groups as a Markdown table, for a README.")
+        bool, typer.Option("--markdown", help="The table of groups alone, as Markdown.")
     ] = False,
 ) -> int:
     """Compare runs: means over seeds with intervals, and whether differences are real."""
@@ -94,19 +94,27 @@ def compare(
     if wandb is not None and runs:
         raise ConfigError(f"--wandb {wandb} and {runs[0]}: choose one, runs in W&B or folders")
     comparison = _read_comparison(load_settings(), runs, metric, group_by, pair, wandb)
-    from mnist_wandb.compare import comparison_csv, comparison_json
+    from mnist_wandb.compare import comparison_csv, comparison_json, comparison_markdown
+    from mnist_wandb.display import WIDTH_OF_COMPARISONS, make_console, print_comparison
 
     if as_json:
         typer.echo(json.dumps(comparison_json(comparison), allow_nan=False))
     elif as_csv:
         typer.echo(comparison_csv(comparison), nl=False)
+    elif as_markdown:
+        typer.echo(comparison_markdown(comparison), nl=False)
+        _print_left_out(comparison)
     else:
-        from mnist_wandb.display import WIDTH_OF_COMPARISONS, make_console, print_comparison
-
-        console = make_console(width=WIDTH_OF_COMPARISONS)
-        messages = make_console(stderr=True)
-        print_comparison(console, messages, comparison, markdown=as_markdown)
+        print_comparison(make_console(width=WIDTH_OF_COMPARISONS), comparison)
+        _print_left_out(comparison)
     return EXIT_DONE
+
+
+def _print_left_out(comparison: Comparison) -> None:
+    for item in comparison.left_out:
+        typer.echo(f"left out: {item.run}: {item.status}: {item.reason}", err=True)
+    for warning in comparison.warnings:
+        typer.echo(f"warning: {warning}", err=True)
 
 
 @app.command()

@@ -524,6 +524,44 @@ def _group_json(group: Group, comparison: Comparison) -> dict[str, Any]:
     }
 
 
+def comparison_table(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
+    """Headings and one row for each group, as texts for people."""
+    words = short_keys(comparison.columns).values()
+    scores = (f"{comparison.metric} ± std", "95 % interval", "best")
+    headings = [
+        *("group", *words, "n", *scores, f"{comparison.test_metric} ± std"),
+        *("parameters", "seconds", "images/s"),
+    ]
+    rows = []
+    for group in comparison.groups:
+        sample = group.scores
+        low, high = group.num_parameters
+        rows.append(
+            [
+                group.letter,
+                *(show_value(group.parameters[key]) for key in comparison.columns),
+                str(sample.n),
+                show_sample(sample),
+                "–" if sample.low is None else f"{sample.low:.4f}–{sample.high:.4f}",
+                f"{sample.best:.4f}",
+                show_sample(group.test),
+                f"{low:,}" if low == high else f"{low:,} to {high:,}",
+                f"{group.training_seconds:.1f}",
+                f"{group.images_per_second:,.0f}",
+            ]
+        )
+    return headings, rows
+
+
+def comparison_markdown(comparison: Comparison) -> str:
+    """The table of groups as Markdown (the tables of GitHub's)."""
+    headings, rows = comparison_table(comparison)
+    num_words = 1 + len(comparison.columns)
+    rule = ["---"] * num_words + ["---:"] * (len(headings) - num_words)
+    lines = ([text.replace("|", "\\|") for text in row] for row in (headings, rule, *rows))
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
 def comparison_csv(comparison: Comparison) -> str:
     """One line for each group, with a header."""
     table = io.StringIO()

@@ -12,7 +12,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from rich import box
 from rich.console import Console, Group
 from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -264,61 +263,25 @@ def print_evaluation(console: Console, result: EvalResult) -> None:
     console.print(matrix)
 
 
-def print_comparison(
-    console: Console, messages: Console, comparison: Comparison, *, markdown: bool = False
-) -> None:
-    """Print groups and tests; what is wrong with the runs goes to `messages`.
+def print_comparison(console: Console, comparison: Comparison) -> None:
+    """Print groups and tests."""
+    from mnist_wandb.compare import comparison_table, explain_pair
 
-    Args:
-        console: where the table goes.
-        messages: where the rest goes.
-        comparison: what is printed.
-        markdown: print the table of groups only, as Markdown.
-    """
-    from mnist_wandb.compare import explain_pair
-
-    console.print(_comparison_table(comparison, markdown))
-    if not markdown:
-        for pair in comparison.pairs:
-            for line in explain_pair(pair, comparison):
-                console.print(line)
-    for item in comparison.left_out:
-        messages.print(f"left out: {item.run}: {item.status}: {item.reason}")
-    for warning in comparison.warnings:
-        messages.print(f"warning: {warning}")
-
-
-def _comparison_table(comparison: Comparison, markdown: bool) -> Table:
-    from mnist_wandb.compare import short_keys, show_sample
-    from mnist_wandb.records import show_value
-
-    if markdown:
-        table = Table("group", box=box.MARKDOWN)
-    else:
-        title = f"{comparison.metric} over seeds; {comparison.test_metric} is shown"
-        table = Table("", title=f"{title} and never chooses", title_justify="left")
-    for word in short_keys(comparison.columns).values():
-        table.add_column(word, overflow="fold")
-    for heading in ("n", "mean ± std", "95 % interval", "best", "test ± std"):
-        table.add_column(heading, justify="right")
-    for heading in ("parameters", "seconds", "images/s"):
-        table.add_column(heading, justify="right")
-    for group in comparison.groups:
-        scores = group.scores
-        low, high = group.num_parameters
-        table.add_row(
-            group.letter,
-            *(show_value(group.parameters[key]) for key in comparison.columns),
-            str(scores.n),
-            show_sample(scores),
-            "–" if scores.low is None else f"{scores.low:.4f}–{scores.high:.4f}",
-            f"{scores.best:.4f}",
-            show_sample(group.test),
-            f"{low:,}" if low == high else f"{low:,} to {high:,}",
-            f"{group.training_seconds:.1f}",
-            f"{group.images_per_second:,.0f}",
-        )
-    return table
+    title = f"{comparison.metric} over seeds; {comparison.test_metric} is shown and never chooses"
+    (_, *headings), rows = comparison_table(comparison)
+    table = Table(title=title, title_justify="left")
+    table.add_column()
+    for number, heading in enumerate(headings):
+        if number < len(comparison.columns):
+            table.add_column(heading, overflow="fold")
+        else:
+            table.add_column(heading, justify="right")
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+    for pair in comparison.pairs:
+        for line in explain_pair(pair, comparison):
+            console.print(line)
 
 
 def print_seeds(console: Console, result: SeedsResult) -> None:

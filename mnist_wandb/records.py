@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import zipfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,8 +17,9 @@ from typing import Any
 import numpy as np
 
 from mnist_wandb.errors import MnistWandbError, RunError
+from mnist_wandb.layers import look_up
 from mnist_wandb.metrics import EvalResult
-from mnist_wandb.runs import RunFolder, RunSummary, list_runs, list_sweep_runs, study_name
+from mnist_wandb.runs import RunFolder, RunSummary, list_runs, list_sweep_runs, slug, study_name
 from mnist_wandb.sweepfile import load_sweep
 
 SPLIT_KEYS = ("data.dataset", "data.val_from", "data.val_fraction", "data.split_seed")
@@ -108,35 +110,56 @@ def _runs_of(spec: str, root: Path) -> list[RunFolder]:
         is_folder = False
     if is_folder and (runs := list_runs(path)):
         return runs
+    if spec.endswith((".yaml", ".yml")) or look_up(spec)[0] is not None:
+        return _runs_of_sweep_file(spec, root)
     try:
         return [RunFolder.find(spec, root)]
     except RunError as error:
-        runs = _sweep_runs(spec, root)
-        if runs:
+        if runs := _runs_of_sweep(spec, root):
             return runs
         if is_folder:
+            sweeps = {run.path.parent.name for run in list_sweep_runs(path)}
+            there = f" ({', '.join(sorted(sweeps))})" if sweeps else ""
             raise RunError(
-                f"{spec}: no run folder lies in it; give a run, a folder of runs or a sweep"
+                f"{spec}: no run folder lies in it; give a run, a folder of runs or a sweep{there}"
             ) from None
         raise RunError(f"{error}, and no sweep of that name has runs there") from None
 
 
-def _sweep_runs(spec: str, root: Path) -> list[RunFolder]:
-    """The runs below `root` that record a sweep's id, name or file; in the order of their start."""
-    if Path(spec).suffix in (".yaml", ".yml") and Path(spec).is_file():
-        names = {study_name(load_sweep(spec))}
-    else:
-        names = {spec, Path(spec).name} - {""}
-    found = []
-    # An agent's runs lie among the others, those of `sweep run` in the sweep's own folder.
-    for run in (*list_runs(root), *list_sweep_runs(root)):
-        try:
-            sweep = {run.read_environment().get("sweep_id"), run.read_config().tracking.group}
-        except MnistWandbError:
-            continue
-        if sweep & names:
-            found.append(run)
-    return found
+def _runs_of_sweep_file(spec: str, root: Path) -> list[RunFolder]:
+    try:
+        sweep = load_sweep(spec)
+    except MnistWandbError as error:
+        first = str(error).splitlines()[0]
+        raise RunError(f"{first}; give a run, a folder of runs or a sweep") from None
+    runs = list_runs(root / study_name(sweep))
+    if not runs:
+        raise RunError(
+            f"{spec}: this sweep has no runs in {root}; `mnist-wandb sweep run {spec}` makes them"
+            " (a changed file is another sweep; an agent's runs are found by W&B's sweep id)"
+        )
+    return runs
+
+
+def _runs_of_sweep(spec: str, root: Path) -> list[RunFolder]:
+    """Runs of a sweep's name or id: in the sweep's own folder, or an agent's among the others."""
+    folder = re.compile(re.escape(slug(spec)) + "-[0-9a-f]{8}")
+    local = [
+        run
+        for run in list_sweep_runs(root)
+        if run.path.parent.name == spec or folder.fullmatch(run.path.parent.name)
+    ]
+    return local + [run for run in list_runs(root) if _records_sweep(run, spec)]
+
+
+def _records_sweep(run: RunFolder, spec: str) -> bool:
+    try:
+        names = {run.read_environment().get("sweep_id"), run.read_config().tracking.group}
+    except MnistWandbError:
+        return False
+    return spec in names or (
+        spec.count("/") == 2 and spec.rpartition("/")[2] in names
+    )  # W&B's path
 
 
 def read_records(folders: Iterable[RunFolder]) -> tuple[list[RunRecord], list[LeftOut]]:

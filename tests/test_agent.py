@@ -150,8 +150,8 @@ def test_two_agents_side_by_side_run_the_quick_sweep_to_its_end(
 @pytest.mark.parametrize(
     "macro",
     [
-        "${args}",
-        pytest.param("${args_no_hyphens}", marks=pytest.mark.slow),
+        pytest.param("${args}", marks=pytest.mark.slow),
+        "${args_no_hyphens}",
         pytest.param("${args_json}", marks=pytest.mark.slow),
         None,
     ],

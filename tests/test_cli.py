@@ -227,6 +227,18 @@ def test_config_errors_and_help_import_nothing_heavy() -> None:
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
 
 
+def test_help_builds_no_validator_and_reads_no_sweep() -> None:
+    code = (
+        "import sys; from mnist_wandb.cli import main; main(['--help']);"
+        " from mnist_wandb.config import Section;"
+        " modules = {'mnist_wandb.sweepfile', 'mnist_wandb.agent', 'dotenv'};"
+        " print(sorted(modules & set(sys.modules)));"
+        " print([c.__name__ for c in Section.__subclasses__() if c.__pydantic_complete__])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert done.stdout.splitlines()[-2:] == ["[]", "[]"]
+
+
 def test_a_run_imports_neither_the_compiler_nor_torchvision(tmp_path: Path) -> None:
     code = (
         "import sys; from mnist_wandb.cli import main;"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -267,21 +268,48 @@ def test_compare_json_and_csv_hold_the_same_groups(cli: Cli, runs_dir: Path) -> 
     assert sum(group["n"] for group in found["groups"]) == 7
 
 
-def test_compare_as_markdown_is_the_table_alone(cli: Cli, runs_dir: Path) -> None:
-    found = json.loads(cli("compare", "--json").out)
-    lines = cli("compare", "--markdown").out.splitlines()
-    rows = [
-        [cell.strip() for cell in line.strip().strip("|").split("|")]
-        for line in lines
-        if line.strip()
-    ]
-    assert {len(row) for row in rows} == {len(rows[0])}
-    assert rows[0][0] == "group"
-    assert all(set(cell) == {"-"} for cell in rows[1])
-    mean = rows[0].index("mean ± std")
-    assert [row[0] for row in rows[2:]] == [group["group"] for group in found["groups"]]
-    for row, group in zip(rows[2:], found["groups"], strict=True):
+def test_compare_as_markdown_is_the_table_alone(
+    cli: Cli, runs_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    for run in list_runs(runs_dir)[4:]:  # of one sweep: a bar in a name must not end a cell
+        text = (run.path / "config.yaml").read_text()
+        (run.path / "config.yaml").write_text(re.sub("^name: .*", "name: a|b", text, flags=re.M))
+    options = ("--group-by", "name", "--group-by", "optimizer.lr")
+    found = json.loads(cli("compare", *options, "--json").out)
+    lines = cli("compare", *options, "--markdown").out.splitlines()
+    rows = [re.split(r"(?<!\\)\|", line)[1:-1] for line in lines]
+    cells = [[cell.strip() for cell in row] for row in rows]
+    assert {len(row) for row in cells} == {len(cells[0])}
+    assert cells[0][0] == "group"
+    assert {cell.rstrip(":") for cell in cells[1]} == {"---"}
+    assert [row[0] for row in cells[2:]] == [group["group"] for group in found["groups"]]
+    name, mean = cells[0].index("name"), cells[0].index("best/val_accuracy ± std")
+    for row, group in zip(cells[2:], found["groups"], strict=True):
+        assert row[name].replace("\\|", "|") == (group["parameters"]["name"] or "–")
         assert row[mean].startswith(f"{group['mean']:.4f}")
+    assert "a\\|b" in {row[name] for row in cells}
+
+
+def test_a_sweep_that_is_not_there_is_told(cli: Cli, runs_dir: Path) -> None:
+    Path("sweep.yaml").write_text(
+        "method: grid\nprogram: mnist-wandb\nmetric: {name: best/val_accuracy, goal: maximize}\n"
+        'command: ["${program}", run, "${args_no_hyphens}"]\nparameters: {seed: {values: [0]}}\n'
+    )
+    Path("lab.yaml").write_text("model: {name: linear}\n")
+    for spec, message in {
+        "sweep.yaml": "sweep.yaml: this sweep has no runs in runs; `mnist-wandb sweep run sweep.yaml`"
+        " makes them",
+        "lab.yaml": "lab.yaml",
+        "missing.yaml": "missing.yaml: no such sweep file",
+        "x" * 300 + ".yaml": "x",
+        "nowhere/small_sweep": "nowhere/small_sweep: no run folder of that path, name or id",
+    }.items():
+        done = cli("compare", spec)
+        assert done.code == 2
+        assert done.err.startswith(f"error: {message}")
+        assert len(done.err.splitlines()) == 1
+    assert "give a run, a folder of runs or a sweep" in cli("compare", "lab.yaml").err
 
 
 def test_compare_takes_a_sweep_by_name_and_a_pair_by_run(cli: Cli, runs_dir: Path) -> None:

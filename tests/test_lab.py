@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
@@ -92,6 +93,11 @@ def test_every_block_of_the_lab_runs_as_written(
     assert "others, and its own - FAILED" in said  # the planted fault
     (chosen,) = re.findall(r"lr 0\.01: best val accuracy (0\.\d+)", said)
     assert float(chosen) > 0.95
+    line = "mnist-wandb compare lr.yaml --json"
+    done = subprocess.run(line, shell=True, capture_output=True, text=True, check=True)
+    groups = json.loads(done.stdout)["groups"]
+    means = {group["parameters"]["optimizer.lr"]: group["mean"] for group in groups}
+    assert means[0.1] < 0.2 < means[0.0001] < min(means[0.001], means[0.01])
 
 
 @pytest.mark.parametrize("picture", PICTURES)

@@ -272,7 +272,6 @@ def test_other_data_and_versions_give_a_warning_and_unknown_ones_do_not_pretend(
 # ── sweeps ───────────────────────────────────────────────────────────────────────────────────
 
 
-@pytest.mark.slow
 def test_the_runs_of_an_agent_are_compared_by_their_sweep(tmp_path: Path) -> None:
     with WandbServer() as server:
         client = Client(tmp_path / "work", server)

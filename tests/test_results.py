@@ -25,23 +25,22 @@ LEAST_ACCURACY = {
     "lab_step_cnn_small": 0.988,
     "lab_step_cnn_large": 0.986,
     "lab_fashion_batchnorm": 0.875,
-    "lab_fashion_resnet": 0.900,
     "lab_data_size": 0.880,
     "lab_overfit": 0.890,
     "lab_regularise": 0.950,
     "lab_shortcut": 0.870,
 }
-"""Test accuracy that each preset reaches with any seed."""
+"""Below the measured test accuracy (docs/results.md) by a few standard errors."""
 HOURS_WITHOUT_A_GPU = {"lab_fashion_resnet"}
 
 
 def test_every_preset_of_the_labs_has_a_known_result() -> None:
     names = {name for name in preset_names() if name.startswith("lab_")}
-    assert names == set(LEAST_ACCURACY)
+    assert names == set(LEAST_ACCURACY) | HOURS_WITHOUT_A_GPU
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("preset", sorted(set(LEAST_ACCURACY) - HOURS_WITHOUT_A_GPU))
+@pytest.mark.parametrize("preset", sorted(LEAST_ACCURACY))
 def test_preset_reaches_its_known_result(preset: str, cli: Cli, real_data: Path) -> None:
     if (
         load_config(preset).data.dataset == "fashion_mnist"
