@@ -41,11 +41,16 @@ def same_everywhere() -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-@pytest.fixture(autouse=True)
-def isolated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def forget_wandb() -> None:
+    """Delete W&B's variables: whoever runs the tests has some, and the client sets WANDB_SERVICE."""
     for name in list(os.environ):
         if name.startswith(("WANDB_", "MNIST_WANDB_")):
-            monkeypatch.delenv(name)
+            del os.environ[name]
+
+
+@pytest.fixture(autouse=True)
+def isolated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    forget_wandb()
     home = tmp_path / "home"
     home.mkdir()
     monkeypatch.setenv("HOME", str(home))
@@ -56,6 +61,8 @@ def isolated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     work = tmp_path / "work"
     work.mkdir()
     monkeypatch.chdir(work)
+    yield
+    forget_wandb()  # before a fixture of the next module starts a process with what is left here
 
 
 @dataclass(frozen=True)

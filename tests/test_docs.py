@@ -95,7 +95,10 @@ def test_every_command_of_the_readme_belongs_to_a_section_that_is_run() -> None:
 PROGRAMS = {"mnist-wandb": "mnist_wandb", "torchrun": "torch.distributed.run"}
 
 
-@pytest.mark.parametrize("section", SECTIONS)
+@pytest.mark.parametrize(
+    "section",  # test_lab runs the commands of the labs too
+    [pytest.param(s, marks=pytest.mark.slow) if s == "Labs" else s for s in SECTIONS],
+)
 def test_every_command_of_the_readme_runs_as_written(section: str, runs_dir: Path) -> None:
     folder = Path("bin")
     folder.mkdir()

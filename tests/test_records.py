@@ -35,7 +35,7 @@ def test_a_folder_a_sweep_and_single_runs_are_found_each_run_once(runs_dir: Path
         runs[-1], runs[0], runs[1]
     ]  # fmt: skip
     assert find_runs(["small_sweep"], runs_dir) == runs[4:]
-    assert find_runs(["sweeps/small_sweep.yaml", "latest", "runs"], runs_dir) == runs[4:] + runs[:4]
+    assert find_runs(["small_sweep", "latest", "runs"], runs_dir) == runs[4:] + runs[:4]
 
 
 def test_runs_of_a_wandb_sweep_are_found_by_its_id(runs_dir: Path) -> None:
