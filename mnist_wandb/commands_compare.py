@@ -101,20 +101,20 @@ def compare(
         typer.echo(json.dumps(comparison_json(comparison), allow_nan=False))
     elif as_csv:
         typer.echo(comparison_csv(comparison), nl=False)
-    elif as_markdown:
-        typer.echo(comparison_markdown(comparison), nl=False)
-        _print_left_out(comparison)
     else:
-        print_comparison(make_console(width=WIDTH_OF_COMPARISONS), comparison)
+        if as_markdown:
+            typer.echo(comparison_markdown(comparison), nl=False)
+        else:
+            print_comparison(make_console(width=WIDTH_OF_COMPARISONS), comparison)
         _print_left_out(comparison)
+        for warning in comparison.warnings:
+            typer.echo(f"warning: {warning}", err=True)
     return EXIT_DONE
 
 
 def _print_left_out(comparison: Comparison) -> None:
     for item in comparison.left_out:
         typer.echo(f"left out: {item.run}: {item.status}: {item.reason}", err=True)
-    for warning in comparison.warnings:
-        typer.echo(f"warning: {warning}", err=True)
 
 
 @app.command()
@@ -137,9 +137,7 @@ def report(
     from mnist_wandb.display import make_console
     from mnist_wandb.report import build_report
 
-    messages = make_console(stderr=True)
-    for item in comparison.left_out:
-        messages.print(f"left out: {item.run}: {item.status}: {item.reason}")
+    _print_left_out(comparison)
     page = build_report(comparison, data_dir=settings.data_dir)
     temporary = output.with_name(f".{output.name}.tmp")
     try:

@@ -157,9 +157,8 @@ def _records_sweep(run: RunFolder, spec: str) -> bool:
         names = {run.read_environment().get("sweep_id"), run.read_config().tracking.group}
     except MnistWandbError:
         return False
-    return spec in names or (
-        spec.count("/") == 2 and spec.rpartition("/")[2] in names
-    )  # W&B's path
+    # W&B writes a sweep as ENTITY/PROJECT/ID.
+    return spec in names or (spec.count("/") == 2 and spec.rpartition("/")[2] in names)
 
 
 def read_records(folders: Iterable[RunFolder]) -> tuple[list[RunRecord], list[LeftOut]]:
