@@ -1,31 +1,24 @@
 """Trials per hour of `sweep run` against one process per trial, which is what `wandb agent` does.
 
-    uv run python benchmarks/local_sweep.py    (default: 30 trials, 2 workers; a few minutes)
+    uv run python benchmarks/local_sweep.py [--trials 30] [--workers 2] [--repeats 3]
 
 Both sides run the same configurations (short runs on the embedded digits, recorded offline), two
-at a time, and their times include everything from the command's start to its end. The load that
-other processes put on the machine is reported, because it makes the times worthless.
+at a time with one thread each, and their times include everything from the command's start to its
+end. The sides take turns.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import platform
-import subprocess
-import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import optuna
-import torch
-import wandb
+from machine import median, print_conditions, print_table, run_json, run_program, watching_others
 
 from mnist_wandb.agent import example_command
-from mnist_wandb.experiment import processor_name
 from mnist_wandb.sweepfile import load_sweep
 
 SWEEP = """
@@ -37,25 +30,14 @@ command: [mnist-wandb, run, training.epochs=EPOCHS, model.name=mlp_128, tracking
 parameters:
   seed: {{min: 0, max: {last}}}
 """
-PROGRAM = (sys.executable, "-m", "mnist_wandb")
-
-
-def run(arguments: list[str], folder: Path) -> str:
-    """One command of the program in a folder; returns what it prints."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*PROGRAM, *arguments], cwd=folder, env=environment, check=True, capture_output=True,
-        text=True,
-    )  # fmt: skip
-    return done.stdout
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 
 
 def time_sweep(folder: Path, workers: int) -> float:
     """Seconds of the whole sweep with worker processes that stay alive."""
-    started = time.perf_counter()
-    out = run(["sweep", "run", "short.yaml", f"--workers={workers}", "--json", "--quiet"], folder)
-    seconds = time.perf_counter() - started
-    counts = json.loads(out)["counts"]
+    words = ("sweep", "run", "short.yaml", f"--workers={workers}")
+    seconds, found = run_json(*words, folder=folder, **ONE_THREAD)
+    counts = found["counts"]
     assert counts["finished"] == sum(counts.values()), counts
     return seconds
 
@@ -67,35 +49,46 @@ def time_processes(folder: Path, workers: int) -> float:
     commands = [example_command(sweep, point)[1:] for point in points]
     started = time.perf_counter()
     with ThreadPoolExecutor(workers) as pool:
-        list(pool.map(lambda words: run([*words, "--quiet"], folder), commands))
+        done = [
+            pool.submit(run_program, *words, "--quiet", folder=folder, **ONE_THREAD)
+            for words in commands
+        ]
+    for future in done:
+        future.result()  # a failed run ends the benchmark
     return time.perf_counter() - started
 
 
+WAYS = {"one process per trial": time_processes, "`sweep run`": time_sweep}
+
+
 def main() -> None:
-    """Measure both, print the table."""
+    """Measure in turns; print the table."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--trials", type=int, default=30)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--epochs", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=3)
     options = parser.parse_args()
     text = SWEEP.format(last=options.trials - 1).replace("EPOCHS", str(options.epochs))
+    seconds: dict[str, list[float]] = {way: [] for way in WAYS}
+    with watching_others() as others:
+        for _ in range(options.repeats):
+            for way, measure in WAYS.items():
+                with tempfile.TemporaryDirectory() as folder:
+                    Path(folder, "short.yaml").write_text(text)
+                    seconds[way].append(measure(Path(folder), options.workers))
+    slow = median(seconds["one process per trial"])
     rows = []
-    for name, measure in (("sweep run", time_sweep), ("one process per trial", time_processes)):
-        with tempfile.TemporaryDirectory() as folder:
-            Path(folder, "short.yaml").write_text(text)
-            load = os.getloadavg()[0]
-            seconds = measure(Path(folder), options.workers)
-        rows.append((name, seconds, load))
+    for way, values in seconds.items():
+        value = median(values)
+        rate = options.trials * 3600 / value
+        rows.append((way, f"{value:.1f}", f"{rate:,.0f}", f"{slow / value:.1f}"))
+    print_table(("", "seconds", "trials per hour", "ratio"), rows)
     print(
-        f"{options.trials} trials of {options.epochs} epochs on digits (mlp_128, offline),"
-        f" {options.workers} at a time; {processor_name()}, {os.cpu_count()} cores, Python"
-        f" {platform.python_version()}, torch {torch.__version__}, wandb {wandb.__version__},"
-        f" optuna {optuna.__version__}"
+        f"\n{options.trials} trials of {options.epochs} epochs on digits (mlp_128, offline),"
+        f" {options.workers} at a time with one thread each; optuna {optuna.__version__}"
     )
-    print("| | seconds | trials per hour | load before |\n|---|---|---|---|")
-    for name, seconds, load in rows:
-        print(f"| {name} | {seconds:.1f} | {options.trials * 3600 / seconds:,.0f} | {load:.1f} |")
-    print(f"ratio: {rows[1][1] / rows[0][1]:.1f}")
+    print_conditions(options.repeats, others[0])
 
 
 if __name__ == "__main__":

@@ -48,7 +48,7 @@ class Group:
 
     Attributes:
         letter: A is the best one.
-        label: what sets it apart, in a few words.
+        label: what sets it apart, in a few words (not all settings that do, where fewer suffice).
         parameters: the settings that set it apart, by dotted key.
         runs: the best one by validation first.
         scores: of the metric that groups are sorted by.
@@ -251,10 +251,11 @@ def _make_groups(
     described.sort(key=lambda pair: (sign * pair[0].mean, pair[1][0].num_parameters))
     settings = [flat[runs[0].location] for _, runs in described]
     columns = tuple(group_by and keys) or _telling_keys(settings, keys)
+    naming = _naming_keys(settings, columns)
     groups = []
     for index, (scores, runs) in enumerate(described):
         parameters = {key: settings[index].get(key) for key in columns}
-        label = ", ".join(_name_parameters(parameters)) or runs[0].name
+        label = ", ".join(_name_parameters({k: parameters[k] for k in naming})) or runs[0].name
         test = _describe_test(runs, metric)
         groups.append(Group(_letter(index), label, parameters, tuple(runs), scores, test))
     return columns, tuple(groups)
@@ -288,6 +289,17 @@ def _telling_keys(settings: Sequence[Mapping[str, Any]], keys: Iterable[str]) ->
     first = [key for key in differing if key.endswith(".name")]
     rest = [key for key in differing if not key.endswith(".name") and not follows(key)]
     return (*first, *rest)
+
+
+def _naming_keys(
+    settings: Sequence[Mapping[str, Any]], columns: tuple[str, ...]
+) -> tuple[str, ...]:
+    """As many columns, from the first, as tell all groups apart: the model's name, if it does."""
+    for count in range(1, len(columns)):
+        values = {json.dumps([s.get(key) for key in columns[:count]]) for s in settings}
+        if len(values) == len(settings):
+            return columns[:count]
+    return columns
 
 
 @functools.cache

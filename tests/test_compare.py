@@ -121,7 +121,10 @@ def test_columns_leave_out_what_follows_from_an_optimizer(records: list[RunRecor
     ]  # fmt: skip
     comparison = compare_runs(runs)
     assert comparison.columns == ("optimizer.name", "optimizer.lr")
-    assert sorted(g.label for g in comparison.groups) == ["adam, lr 0.001", "sgd, lr 0.1"]
+    assert sorted(g.label for g in comparison.groups) == ["adam", "sgd"]
+    other = replace(score(records[0], 0.9, optimizer={**sgd, "lr": 0.2}), location="other")
+    labels = [g.label for g in compare_runs([*runs, other]).groups]
+    assert sorted(labels) == ["adam, lr 0.001", "sgd, lr 0.1", "sgd, lr 0.2"]
 
 
 def test_letters_go_on_after_z(records: list[RunRecord]) -> None:
