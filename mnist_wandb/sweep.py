@@ -338,7 +338,6 @@ class _Crew:
                 worker.progress = message
             case Ended():
                 self.account(worker, message)
-                self.send_on(worker)
             case NothingLeft():
                 self.num_begun -= 1
                 self.dismiss(worker)
@@ -379,10 +378,8 @@ class _Crew:
             self.tell(worker, Go())
 
     def account(self, worker: WorkerState, ended: Ended) -> None:
-        """Count a trial that has ended."""
-        worker.trial = worker.progress = None
+        """Count a trial that has ended, and let its worker take the next one."""
         self.deaths_in_a_row = 0
-        self.records = self.study.records()
         if ended.state == "waiting":
             self.num_begun -= 1
         else:
@@ -392,6 +389,8 @@ class _Crew:
         if self.failures_in_a_row >= self.options.max_failures and not self.reason:
             self.failed = True
             self.reason = f"{self.failures_in_a_row} trials in a row failed"
+        self.send_on(worker)  # before the database is asked and the screen is drawn
+        self.records = self.study.records()
         self.show(self.progress(), ended)
 
     def progress(self) -> SweepProgress:

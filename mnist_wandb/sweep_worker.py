@@ -185,10 +185,8 @@ class _WorkerSession:
 
     def serve(self) -> None:
         """Get ready, then do what the parent says."""
-        # All that a run imports, now instead of within the first trial; every optimizer of
-        # torch imports _dynamo.
+        # All that a run imports, now instead of within the first trial.
         import torch
-        import torch._dynamo
 
         import mnist_wandb.experiment  # noqa: F401
         from mnist_wandb.device import available_devices
