@@ -177,6 +177,15 @@ def test_every_epoch_can_be_an_artifact(cli: Callable[..., Finished]) -> None:
     assert any(key.startswith("gradients/") for item in history for key in item)
 
 
+def test_each_run_of_a_process_lists_the_packages(cli: Callable[..., Finished]) -> None:
+    """They are looked up once a process."""
+    short = ("training.epochs=0.1", "model.name=linear", "tracking.mode=offline")
+    assert [cli("run", *short).code for _ in range(2)] == [0, 0]
+    first, second = [path.read_text() for path in Path("runs").rglob("requirements.txt")]
+    assert first == second
+    assert "\nwandb==" in first
+
+
 def test_nothing_is_written_outside_the_run_folder(
     offline_run: tuple[Path, Path],
 ) -> None:
