@@ -66,7 +66,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--trials", type=int, default=30)
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--epochs", type=int, default=3)
+    parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=3)
     options = parser.parse_args()
     text = SWEEP.format(last=options.trials - 1).replace("EPOCHS", str(options.epochs))
@@ -85,7 +85,7 @@ def main() -> None:
         rows.append((way, f"{value:.1f}", f"{rate:,.0f}", f"{slow / value:.1f}"))
     print_table(("", "seconds", "trials per hour", "ratio"), rows)
     print(
-        f"\n{options.trials} trials of {options.epochs} epochs on digits (mlp_128, offline),"
+        f"\n{options.trials} trials of {options.epochs} epoch(s) on digits (mlp_128, offline),"
         f" {options.workers} at a time with one thread each; optuna {optuna.__version__}"
     )
     print_conditions(options.repeats, others[0])

@@ -13,7 +13,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from mnist_wandb.config import ZOO
 from mnist_wandb.loading import preset_names, settings_table
+from mnist_wandb.sweepfile import load_sweep
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -139,6 +141,33 @@ def test_env_example_names_every_variable_that_is_read() -> None:
     example = (ROOT / ".env.example").read_text()
     for name in read:
         assert re.search(rf"^#{name}=", example, flags=re.M), name
+
+
+def table_rows(name: str) -> list[dict[str, str]]:
+    """The rows of the README's table between the markers of a name, by heading."""
+    (text,) = re.findall(rf"<!-- {name} -->\n(.*?)<!-- /{name} -->", README, flags=re.S)
+    lines = [line.strip("|").split("|") for line in text.splitlines() if line.startswith("|")]
+    head, _, *rows = [[cell.strip() for cell in line] for line in lines]
+    return [dict(zip(head, row, strict=True)) for row in rows]
+
+
+def test_the_table_of_the_zoo_has_every_model_sorted_by_validation_with_n() -> None:
+    rows = table_rows("zoo")
+    assert sorted(row["model"] for row in rows) == sorted(ZOO)
+    scores = [float(row["best/val_accuracy ± std"].split()[0]) for row in rows]
+    assert scores == sorted(scores, reverse=True)
+    seeds: dict[str, int] = {}
+    for name in ("architectures", "architectures_slow", "architectures_slowest"):
+        sweep = load_sweep(name)
+        for index in range(sweep.grid_size or 0):
+            model = sweep.nest(sweep.grid_point(index))["config"]  # a preset is named as its model
+            seeds[model] = seeds.get(model, 0) + 1
+    for row in rows:
+        assert 1 <= int(row["n"]) <= seeds[row["model"]], row
+        if int(row["n"]) > 2:  # the preset's header says the same
+            header = (ROOT / "mnist_wandb" / "configs" / f"{row['model']}.yaml").read_text()
+            said = f"{row['test/accuracy ± std']} (mean ± std of {row['n']} seeds"
+            assert f"# Measured: test accuracy {said}" in header, row
 
 
 NOT_MEASURED = {"lab_fashion_resnet"}
