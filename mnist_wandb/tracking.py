@@ -94,7 +94,7 @@ def silence_client() -> None:
 
 
 def remember_packages() -> None:
-    """Let the client look for installed packages once a process, not with each run: 0.2 s."""
+    """Let the client look for installed packages once a process, not with each run: 0.1 s."""
     find = getattr(wandb.util, "working_set", None)  # private; without it, it only takes longer
     if find is not None and not hasattr(find, "cache_info"):
         wandb.util.working_set = functools.cache(lambda: tuple(find()))
