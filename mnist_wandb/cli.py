@@ -621,7 +621,7 @@ def main(arguments: Sequence[str]) -> int:
         return _fail("stopped", EXIT_INTERRUPTED + signal.SIGINT, launch)
     except StoppedBeforeTraining as stop:
         note_client_is_busy()  # maybe with a server that does not answer; nothing is to be saved
-        return _fail("stopped before training began", EXIT_INTERRUPTED + stop.number, launch)
+        return _fail("stopped before training began", stop.exit_code(), launch)
     except (BrokenPipeError, SystemExit) as stop:
         # `mnist-wandb show | head`; click and rich turn the closed pipe into an exit.
         if isinstance(stop, SystemExit) and not isinstance(stop.__context__, BrokenPipeError):

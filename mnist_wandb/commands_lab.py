@@ -21,7 +21,7 @@ from mnist_wandb.options import (
     QuietOption,
 )
 from mnist_wandb.settings import load_settings
-from mnist_wandb.signals import EXIT_INTERRUPTED, StoppedBeforeTraining, StopSignals
+from mnist_wandb.signals import StoppedBeforeTraining, StopSignals
 
 if TYPE_CHECKING:
     from mnist_wandb.checks import CheckResult
@@ -73,7 +73,7 @@ def export_images(
             )
     except StoppedBeforeTraining as stop:
         typer.echo("stopped; the same command goes on from here", err=True)
-        return EXIT_INTERRUPTED + stop.number
+        return stop.exit_code()
     total = sum(counts.values())
     facts = {"folder": str(out), "dataset": data.dataset, "images": total, "written": written}
     if as_json:

@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 import threading
+import weakref
 from types import FrameType
 
 EXIT_INTERRUPTED = 128
@@ -16,6 +17,7 @@ EXIT_INTERRUPTED = 128
 
 PARENT_GRACE_SECONDS = 15.0
 """How long a child may go on to save its work when its parent has been killed."""
+REPEAT_SECONDS = 0.2
 
 
 class StoppedBeforeTraining(BaseException):
@@ -24,6 +26,12 @@ class StoppedBeforeTraining(BaseException):
     def __init__(self, number: int) -> None:
         super().__init__(number)
         self.number = number
+        self.caught = threading.Event()
+
+    def exit_code(self) -> int:
+        """The exit code for whoever has caught this; the signal is not repeated then."""
+        self.caught.set()
+        return EXIT_INTERRUPTED + self.number
 
 
 class StopSignals:
@@ -55,7 +63,13 @@ class StopSignals:
 
     def _handle(self, number: int, _frame: FrameType | None) -> None:
         if not self.training:
-            raise StoppedBeforeTraining(number)
+            self.received = number  # ends the run after its first step, should it come to that
+            stop = StoppedBeforeTraining(number)
+            _repeat_if_dropped(weakref.ref(stop), stop.caught, number)
+            try:
+                raise stop
+            finally:
+                del stop  # the traceback holds this frame: a cycle would keep a dropped one alive
         self.interrupts += number == signal.SIGINT
         if self.interrupts > 1:
             os._exit(EXIT_INTERRUPTED + number)  # the last checkpoint is on the disk
@@ -65,6 +79,27 @@ class StopSignals:
         if not self.is_silent:
             hint = "; Ctrl-C again stops at once" if number == signal.SIGINT else ""
             os.write(2, f"\nstopping after this step, saving a checkpoint{hint}\n".encode())
+
+
+def _repeat_if_dropped(
+    stop: weakref.ref[StoppedBeforeTraining], caught: threading.Event, number: int
+) -> None:
+    """Send the signal again if the exception goes without having been caught.
+
+    A handler runs between any two byte codes of the main thread. Where those are a finalizer's or
+    a weak reference's callback (each import ends with one), Python prints "Exception ignored in"
+    and goes on; the wish to stop would be lost, and a start that waits for a server with it.
+    """
+
+    def watch() -> None:
+        while stop() is not None:
+            if caught.wait(REPEAT_SECONDS):
+                return
+        main = threading.main_thread().ident
+        if not caught.is_set() and main is not None:
+            signal.pthread_kill(main, number)  # to that thread, whose waiting it interrupts
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def exit_at_once(code: int) -> None:

@@ -53,6 +53,29 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]
     return values_of(run)
 
 
+def test_a_signal_that_python_drops_is_sent_again() -> None:
+    code = """
+import os, signal, time
+from mnist_wandb.signals import StoppedBeforeTraining, StopSignals
+
+class Dying:
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0)
+
+StopSignals().install()
+try:
+    Dying()
+    print("dropped", flush=True)
+    time.sleep(60)
+except StoppedBeforeTraining as stop:
+    raise SystemExit(stop.exit_code())
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30)
+    assert (done.returncode, done.stdout) == (143, "dropped\n")
+    assert "Exception ignored in" in done.stderr
+
+
 @pytest.mark.parametrize(
     ("number", "mode"),
     [
