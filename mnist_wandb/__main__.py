@@ -6,14 +6,13 @@ import sys
 def main() -> None:
     """Run the command line and exit with its code."""
     from mnist_wandb.cli import main as run
+    from mnist_wandb.signals import exit_after_hooks, exit_at_once
 
     code = run(sys.argv[1:])
     background = sys.modules.get("mnist_wandb.background")  # imported only where it was needed
     if background is not None and background.is_client_busy():
-        from mnist_wandb.signals import exit_at_once
-
         exit_at_once(code)
-    sys.exit(code)
+    exit_after_hooks(code)
 
 
 if __name__ == "__main__":

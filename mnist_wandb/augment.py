@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -67,26 +68,31 @@ def _warp(images: Tensor, config: AugmentConfig) -> Tensor:
     shear = _uniform(count, math.tan(math.radians(config.shear_degrees)), images)
     scale = 1 / (1 + _uniform(count, config.zoom, images))
     cos, sin = angle.cos() * scale, angle.sin() * scale
-    # Rows give the input's x and y: rotation · shear · scale.
-    matrix = torch.stack([cos, cos * shear - sin, sin, sin * shear + cos], dim=1).view(-1, 2, 2)
-    y = torch.arange(height, device=images.device) - (height - 1) / 2
-    x = torch.arange(width, device=images.device) - (width - 1) / 2
-    positions = torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1).view(1, -1, 2)
-    positions = positions @ matrix.transpose(1, 2)
-    if config.translate_pixels:
-        limit = config.translate_pixels
-        positions = positions + torch.stack(
-            [_uniform(count, limit, images), _uniform(count, limit, images)], dim=1
-        ).view(-1, 1, 2)
-    positions = positions.view(count, height, width, 2)
+    right, down = (_uniform(count, config.translate_pixels, images) for _ in range(2))
+    # What the output's x, y and 1 add to the input's x and y: rotation · shear · scale, shift.
+    matrix = torch.stack([cos, sin, cos * shear - sin, sin * shear + cos, right, down], dim=1)
+    places, unit = _places(height, width, images.device)
+    grid = (places @ (matrix.view(-1, 3, 2) * unit)).view(count, height, width, 2)
     if config.elastic:
         cells = (math.ceil(height / ELASTIC_CELL_PIXELS), math.ceil(width / ELASTIC_CELL_PIXELS))
-        coarse = torch.randn(count, 2, *cells, device=images.device) * config.elastic
+        coarse = torch.randn(count, 2, *cells, device=images.device)
+        coarse *= config.elastic * unit[:, None, None]
         field = F.interpolate(coarse, (height, width), mode="bilinear", align_corners=True)
-        positions = positions + field.permute(0, 2, 3, 1)
-    # grid_sample wants positions in [-1, 1], measured over the pixels' outer edges.
-    grid = positions * torch.tensor([2 / width, 2 / height], device=images.device)
+        grid += field.permute(0, 2, 3, 1)
     return F.grid_sample(images, grid, padding_mode="zeros", align_corners=False)
+
+
+@functools.lru_cache(maxsize=8)
+def _places(height: int, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """x, y and 1 of each pixel from the centre (1, H·W, 3); one pixel as `grid_sample` counts (2,).
+
+    It wants positions in [-1, 1], measured over the pixels' outer edges.
+    """
+    y = torch.arange(height, device=device) - (height - 1) / 2
+    x = torch.arange(width, device=device) - (width - 1) / 2
+    x, y = torch.meshgrid(x, y, indexing="xy")
+    places = torch.stack([x, y, torch.ones_like(x)], dim=-1).view(1, -1, 3)
+    return places, torch.tensor([2 / width, 2 / height], device=device)
 
 
 def _erase(images: Tensor, fraction: float) -> Tensor:

@@ -546,7 +546,7 @@ class TrackingConfig(Section):
         50, ge=1, le=1_000_000, description="Steps between two training points."
     )
     sample_predictions: int = Field(
-        64, ge=0, le=10_000, description="Pictures in each of the two W&B tables; 0 is none."
+        32, ge=0, le=10_000, description="Pictures in each of the two W&B tables; 0 is none."
     )
     log_model: Literal["best", "every_epoch"] | None = Field(
         "best", description="Model artifact; null is none."

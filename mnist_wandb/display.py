@@ -367,7 +367,7 @@ class SweepDisplay:
             return
         match type(news).__name__:
             case "Ended":
-                self.console.print(self._ended(progress, news))
+                self.console.print(_describe_end(news))
             case "Said":
                 self.console.print(f"warning: {news.text}")  # type: ignore[union-attr]
         now = time.monotonic()
@@ -375,20 +375,16 @@ class SweepDisplay:
             self.next_refresh = now + 1 / REFRESHES_PER_SECOND
             self.live.update(_workers_table(progress), refresh=True)
 
-    def _ended(self, progress: SweepProgress, ended: Any) -> str:
-        ended_text = {"waiting": "put back", "stopped": "stopped early"}.get(
-            ended.state, ended.state
-        )
-        record = next((r for r in progress.records if r.number == ended.number), None)
-        words = [f"trial {ended.number}", ended_text]
-        if ended.value is not None:
-            words.append(f"{ended.value:.4f}")
-        words.append(f"{ended.seconds:.1f} s")
-        if record is not None:
-            words.append(describe_parameters(record.parameters))
-        if ended.error:
-            words.append(ended.error.splitlines()[0])
-        return "  ".join(words)
+
+def _describe_end(ended: Any) -> str:
+    state = {"waiting": "put back", "stopped": "stopped early"}.get(ended.state, ended.state)
+    words = [f"trial {ended.number}", state]
+    if ended.value is not None:
+        words.append(f"{ended.value:.4f}")
+    words += [f"{ended.seconds:.1f} s", describe_parameters(ended.parameters)]
+    if ended.error:
+        words.append(ended.error.splitlines()[0])
+    return "  ".join(words)
 
 
 def _workers_table(progress: SweepProgress) -> Group:

@@ -241,12 +241,10 @@ class SweepStudy:
             self.lock(),
             warnings.catch_warnings(action="ignore"),
         ):
-            self._release_dead(worker.place)
-            trials = self.study.get_trials(deepcopy=False)
-            trial = self._ask(trials)
+            trials = self._release_dead(worker.place)
+            trial = self._take(trials, worker)
             if trial is None:
                 return None
-            trial.set_user_attr("worker", vars(worker))
             attributes = trial.user_attrs
             if not self.is_file:
                 self.heartbeat(trial)
@@ -258,24 +256,34 @@ class SweepStudy:
             "stopped" in attributes,
         )
 
-    def _ask(self, trials: Sequence[FrozenTrial]) -> optuna.Trial | None:
+    def _take(self, trials: Sequence[FrozenTrial], worker: Worker) -> optuna.Trial | None:
+        facts = {"worker": vars(worker)}
         waiting = any(trial.state == TrialState.WAITING for trial in trials)
-        if waiting:
-            return self.study.ask()
         point = 1 + max(
             (t.user_attrs["point"] for t in trials if "point" in t.user_attrs), default=-1
         )
-        if self._is_over(trials, point):
+        if not waiting and self._is_over(trials, point):
             return None
-        if self.sweep.method == "bayes":
+        if waiting:
+            trial = self.study.ask()
+        elif self.sweep.method == "bayes":
             self.study.sampler = optuna.samplers.TPESampler(seed=point)
             trial = self.study.ask(self.space)
-            for key, value in self._attributes(point, self._values(trial.params)).items():
-                trial.set_user_attr(key, value)
-            return trial
-        fixed, values = self._next_point(point)
-        self.study.enqueue_trial(fixed, user_attrs=self._attributes(point, values))
-        return self.study.ask(self.space)
+            facts = {**self._attributes(point, self._values(trial.params)), **facts}
+        else:
+            fixed, values = self._next_point(point)
+            template = optuna.trial.create_trial(
+                state=TrialState.RUNNING,
+                params=fixed,
+                distributions=self.space,
+                user_attrs={**self._attributes(point, values), **facts},
+            )
+            # In one go; `enqueue_trial` and `ask` are five, and take four times as long.
+            number = self.storage.create_new_trial(self.study._study_id, template)
+            return optuna.Trial(self.study, number)
+        for key, value in facts.items():
+            trial.set_user_attr(key, value)
+        return trial
 
     def _is_over(self, trials: Sequence[FrozenTrial], point: int) -> bool:
         size = self.sweep.num_points
@@ -305,10 +313,12 @@ class SweepStudy:
                 match self.space.get(parameter.name):
                     case CategoricalDistribution():
                         fixed[parameter.name] = json.dumps(value)
-                    case _ if parameter.distribution.kind in _NATIVE:
-                        fixed[parameter.name] = value
+                    case IntDistribution() | FloatDistribution() as native if (
+                        parameter.distribution.kind in _NATIVE
+                    ):  # rounding may have taken it a little further
+                        fixed[parameter.name] = min(max(value, native.low), native.high)
                     case _:
-                        fixed[parameter.name] = u
+                        fixed[parameter.name] = min(max(u, EDGE), 1 - EDGE)
         return {name: value for name, value in fixed.items() if name in self.space}, values
 
     def _values(self, params: Mapping[str, Any]) -> list[Any]:
@@ -326,11 +336,15 @@ class SweepStudy:
                 values.append(distribution.at(params[parameter.name]))
         return values
 
-    def _release_dead(self, place: str) -> None:
-        """Put back what workers had that live no more; called under the lock."""
+    def _release_dead(self, place: str) -> list[FrozenTrial]:
+        """Put back what workers had that live no more, under the lock; returns all trials."""
         if not self.is_file:
             optuna.storages.fail_stale_trials(self.study)
-        for trial in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+        trials = self.study.get_trials(deepcopy=False)
+        released = False
+        for trial in trials:
+            if trial.state != TrialState.RUNNING:
+                continue
             worker = trial.user_attrs.get("worker")
             if "parameters" not in trial.user_attrs:  # its worker died while it was made
                 self.study.tell(trial.number, state=TrialState.FAIL)
@@ -338,6 +352,10 @@ class SweepStudy:
                 self._put_back(trial._trial_id)
             elif worker["place"] == place and not self.is_alive(worker["name"]):
                 self._count_death(trial, blame=self.is_alive(worker["parent"]))
+            else:
+                continue
+            released = True
+        return self.study.get_trials(deepcopy=False) if released else trials
 
     def _count_death(self, trial: FrozenTrial, *, blame: bool) -> None:
         """A worker has died; where its parent lives on, the trial itself may have killed it."""

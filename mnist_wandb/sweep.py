@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import multiprocessing
 import os
 import secrets
 import time
@@ -18,6 +17,7 @@ from filelock import FileLock
 
 from mnist_wandb.agent import read_command
 from mnist_wandb.errors import ConfigError, SweepError
+from mnist_wandb.forking import start_importing
 from mnist_wandb.settings import Settings
 from mnist_wandb.study import (
     SweepStudy,
@@ -44,6 +44,8 @@ from mnist_wandb.sweepfile import SweepFile
 MOST_WORKERS = 8
 """Workers on a CPU where nobody says how many: each takes about 0.6 GB of memory."""
 POLL_SECONDS = 0.2
+READING_SECONDS = 1.0
+"""Shortest time between two readings of all trials, which take longer the more there are."""
 ENDED_STATES = ("finished", "stopped", "failed")
 STOP_SECONDS = 60.0
 """How long workers may take to save their trials before they are killed."""
@@ -204,10 +206,11 @@ class _Crew:
     ) -> None:
         self.job, self.study, self.options = job, study, options
         self.show, self.should_stop = show, should_stop
-        self.context = multiprocessing.get_context("spawn")  # CUDA and threads do not survive fork
+        self.context = start_importing()
         self.workers: list[WorkerState] = []
         self.plan: list[tuple[str, int | None]] = []  # device and threads of each worker
         self.records = study.records()
+        self.records_are_old, self.next_reading = False, 0.0
         self.num_begun = self.num_ended = 0
         self.failures_in_a_row = self.broken_starts = self.deaths_in_a_row = 0
         self.reason = ""
@@ -228,6 +231,7 @@ class _Crew:
         first = self.options.num_workers or 1
         if self.is_complete():
             return SweepOutcome("finished", "", self.job.folder, self.records)
+        self.show(self.progress(), None)  # the first worker may have to wait for the imports
         for _ in range(max(1, min(first, self.most_useful() or first))):
             self.start_worker()
         interrupted = False
@@ -245,10 +249,17 @@ class _Crew:
             for source in ready:
                 if source in sentinels:
                     self.bury(sentinels[source])
+            if self.records_are_old and time.monotonic() >= self.next_reading:
+                self.read_records()
             self.show(self.progress(), None)
-        self.records = self.study.records()
+        self.read_records()
         status = "interrupted" if interrupted else "failed" if self.failed else "finished"
         return SweepOutcome(status, self.reason, self.job.folder, self.records, self.num_ended)
+
+    def read_records(self) -> None:
+        """Ask the database how the trials stand."""
+        self.records = self.study.records()
+        self.records_are_old, self.next_reading = False, time.monotonic() + READING_SECONDS
 
     # ── Processes.
 
@@ -259,12 +270,22 @@ class _Crew:
             self.job.worker.place, f"worker-{secrets.token_hex(4)}", self.job.worker.parent
         )
         job = WorkerJob(**{**vars(self.job), "worker": worker})
-        process = self.context.Process(target=work, args=(theirs, job), daemon=True)
-        process.start()
+        process = self._fork(theirs, job)
         theirs.close()  # else its end would never be seen here
         taken = {worker.index for worker in self.workers}
         index = next(i for i in range(len(taken) + 1) if i not in taken)
         self.workers.append(WorkerState(index, process, ours))
+
+    def _fork(self, connection: Connection, job: WorkerJob) -> BaseProcess:
+        for _ in range(MOST_BROKEN_STARTS):
+            process = self.context.Process(target=work, args=(connection, job), daemon=True)
+            try:
+                process.start()
+            except (EOFError, ConnectionError):  # what it is forked from has just been killed
+                time.sleep(POLL_SECONDS)  # until that is noticed, and another one is started
+                continue
+            return process
+        raise SweepError("no worker can be started: what it is forked from ends (out of memory?)")
 
     def bury(self, worker: WorkerState) -> None:
         """A worker process has ended: start another where there is work left."""
@@ -276,7 +297,7 @@ class _Crew:
         self.workers.remove(worker)
         worker.connection.close()
         worker.process.join()
-        self.records = self.study.records()
+        self.records_are_old = True
         if self.reason or worker.is_dismissed:
             return
         code = worker.process.exitcode
@@ -333,7 +354,7 @@ class _Crew:
                 self.welcome(worker, devices)
             case Started():
                 worker.trial, worker.progress = message, None
-                self.records = self.study.records()
+                self.records_are_old = True
             case Progress():
                 worker.progress = message
             case Ended():
@@ -389,8 +410,8 @@ class _Crew:
         if self.failures_in_a_row >= self.options.max_failures and not self.reason:
             self.failed = True
             self.reason = f"{self.failures_in_a_row} trials in a row failed"
-        self.send_on(worker)  # before the database is asked and the screen is drawn
-        self.records = self.study.records()
+        self.send_on(worker)  # before the screen is drawn
+        self.records_are_old = True
         self.show(self.progress(), ended)
 
     def progress(self) -> SweepProgress:

@@ -107,6 +107,7 @@ class Ended:
     """A trial has ended: finished | stopped | failed | waiting (put back)."""
 
     number: int
+    parameters: dict[str, Any]
     state: str
     value: float | None
     error: str | None
@@ -147,9 +148,11 @@ def work(connection: Connection, job: WorkerJob) -> None:
             with contextlib.suppress(OSError):
                 connection.send(Said(str(error)))
     lock_path(job.folder, job.worker.name).unlink(missing_ok=True)
+    from mnist_wandb.sweep_template import remove_temporary_files
     from mnist_wandb.tracking import close_service
 
     close_service()
+    remove_temporary_files()
     exit_at_once(code)  # taking torch down in order takes over a second, for nothing
 
 
@@ -185,10 +188,10 @@ class _WorkerSession:
 
     def serve(self) -> None:
         """Get ready, then do what the parent says."""
-        # All that a run imports, now instead of within the first trial.
+        # All that a run imports, unless this process was forked from one that has done so.
+        import mnist_wandb.sweep_template  # noqa: F401, I001 - first: it says where files go
         import torch
 
-        import mnist_wandb.experiment  # noqa: F401
         from mnist_wandb.device import available_devices
 
         job = self.job
@@ -238,7 +241,8 @@ class _WorkerSession:
         else:
             self.study.end(claim, state, value, error)
         run_dir = str(trial.folder.path) if trial.folder is not None else None
-        return Ended(claim.number, state, value, error, run_dir, time.perf_counter() - started)
+        seconds = time.perf_counter() - started
+        return Ended(claim.number, claim.parameters, state, value, error, run_dir, seconds)
 
     @contextlib.contextmanager
     def beating_heart(self, claim: Claim) -> Iterator[None]:

@@ -255,12 +255,13 @@ class WandbSink:
         chart = wandb.plot.bar(per_class, "class", "f1", title=f"F1 per class, {split}")
         tables: dict[str, Any] = {f"{split}/per_class": per_class, f"{split}/per_class_f1": chart}
         if count:
-            samples = sample_positions(result, count)
-            mistakes = most_confident_mistakes(result, count)
-            tables[f"{split}/predictions"] = _picture_table(result, images, samples)
-            tables[f"{split}/mistakes"] = _picture_table(result, images, mistakes)
-            pictures = [_picture(result, images, i) for i in samples[:PANEL_PICTURES].tolist()]
-            tables[f"{split}/pictures"] = pictures
+            samples = sample_positions(result, count).tolist()
+            mistakes = most_confident_mistakes(result, count).tolist()
+            # Each picture is a file: those of tables and panel are written once.
+            pictures = {i: _picture(result, images, i) for i in {*samples, *mistakes}}
+            tables[f"{split}/predictions"] = _picture_table(result, samples, pictures)
+            tables[f"{split}/mistakes"] = _picture_table(result, mistakes, pictures)
+            tables[f"{split}/pictures"] = [pictures[i] for i in samples[:PANEL_PICTURES]]
         self._log({**tables, **row})
 
     def log_model(self, path: Path, aliases: Sequence[str], metadata: Mapping[str, Any]) -> None:
@@ -450,19 +451,19 @@ def _picture(result: EvalResult, images: npt.NDArray[np.uint8], i: int) -> wandb
 
 
 def _picture_table(
-    result: EvalResult, images: npt.NDArray[np.uint8], positions: Ints
+    result: EvalResult, positions: Sequence[int], pictures: Mapping[int, wandb.Image]
 ) -> wandb.Table:
     columns = ["id", "image", "truth", "prediction", "confidence"]
     columns += [f"p({name})" for name in result.class_names]
     rows = [
         [
             int(result.ids[i]),
-            _picture(result, images, i),
+            pictures[i],
             result.class_names[result.labels[i]],
             result.class_names[result.predictions[i]],
             float(result.confidence[i]),
             *(float(p) for p in result.probabilities[i]),
         ]
-        for i in positions.tolist()
+        for i in positions
     ]
     return _table(columns, rows)

@@ -16,7 +16,7 @@ import mnist_wandb
 
 PACKAGE = Path(mnist_wandb.__file__).parent
 ROWS = [
-    ("errors", "signals"),
+    ("errors", "signals", "forking"),
     ("layers",),
     ("config", "distributions", "hyperband", "sweepyaml"),
     ("loading", "sweepfile"),
@@ -33,7 +33,8 @@ ROWS = [
     ("evaluate", "onnx_export", "report"),
     ("train",),
     ("ensemble", "experiment", "explore", "checks"),
-    ("seeds", "sync", "sweep_worker"),
+    ("seeds", "sync", "sweep_template"),
+    ("sweep_worker",),
     ("sweep",),
     ("display",),
     ("commands_compare", "commands_lab", "commands_seeds", "commands_sweep"),
@@ -44,6 +45,7 @@ ROW = {module: index for index, row in enumerate(ROWS) for module in row}
 LIGHT = (
     "errors",
     "signals",
+    "forking",
     "layers",
     "config",
     "distributions",
@@ -85,7 +87,14 @@ HOMES = {
     "onnxruntime": {"onnx_export"},
     "optuna": {"study"},
     "sqlalchemy": {"study"},
-    "multiprocessing": {"signals", "sweep", "sweep_worker", "folders"},
+    "multiprocessing": {
+        "signals",
+        "forking",
+        "sweep",
+        "sweep_template",
+        "sweep_worker",
+        "folders",
+    },
 }
 """Packages that stay in one room."""
 UNUSED = {"matplotlib", "sklearn", "pandas", "scipy"}

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -53,9 +55,17 @@ def start(*arguments: str) -> subprocess.Popen[str]:
 
 
 def workers_of(process: subprocess.Popen[str]) -> list[int]:
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    lines = {int(pid): Path(f"/proc/{pid}/cmdline").read_bytes() for pid in children}
-    return [pid for pid, line in lines.items() if b"spawn_main" in line]
+    """The processes that were forked from the one that has imported torch."""
+    return [pid for template in template_of(process) for pid in children_of(template)]
+
+
+def template_of(process: subprocess.Popen[str]) -> list[int]:
+    children = children_of(process.pid)
+    return [pid for pid in children if b"forkserver" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+
+
+def children_of(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
 def wait_until(condition: Callable[[], Any], timeout: float = 120) -> Any:
@@ -197,7 +207,11 @@ def test_a_finished_sweep_has_nothing_left_to_do_and_says_its_status(
     assert "optimizer.lr=0.02 seed=0" in shown
 
 
-def test_kills_of_a_worker_and_of_the_parent_change_no_number(undisturbed: dict[str, Any]) -> None:
+def test_kills_of_a_worker_and_of_the_parent_change_no_number(
+    undisturbed: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    temporary = Path(tempfile.mkdtemp(prefix="sweep-"))  # short: a socket's name goes there
+    monkeypatch.setenv("TMPDIR", str(temporary))
     Path("mine.yaml").write_text(SWEEP)
     process = start("--workers=1")
     run = wait_until(run_under_way)
@@ -223,6 +237,47 @@ def test_kills_of_a_worker_and_of_the_parent_change_no_number(undisturbed: dict[
     assert numbers(Path(outcome["folder"])) == undisturbed["numbers"]
     for path, changed in ended.items():  # what had ended is left alone
         assert path.stat().st_mtime_ns == changed
+    wait_until(lambda: not list(temporary.glob("mnist-wandb-*")), timeout=30)
+    shutil.rmtree(temporary)
+
+
+def test_workers_start_by_themselves_where_none_can_be_forked(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    temporary = Path("long" * 20, "name" * 20).absolute()
+    temporary.mkdir(parents=True)
+    monkeypatch.setenv("TMPDIR", str(temporary))
+    Path("mine.yaml").write_text(SWEEP)
+    out, err = start("--workers=1", "--count=1", "--json").communicate(timeout=240)
+    assert json.loads(out)["counts"]["finished"] == 1, err
+    assert not list(temporary.glob("mnist-wandb-*"))
+
+
+def test_a_killed_process_that_workers_are_forked_from_is_replaced(
+    undisturbed: dict[str, Any],
+) -> None:
+    Path("mine.yaml").write_text(SWEEP)
+    process = start("--workers=1", "--json")
+    wait_until(run_under_way)
+    os.kill(template_of(process)[0], signal.SIGKILL)
+    out, err = process.communicate(timeout=240)
+    assert process.returncode == 0, err
+    assert "its worker ended" in err
+    assert numbers(Path(json.loads(out)["folder"])) == undisturbed["numbers"]
+
+
+def test_workers_start_though_the_process_that_they_wait_for_is_killed(
+    undisturbed: dict[str, Any],
+) -> None:
+    Path("mine.yaml").write_text(SWEEP)
+    process = start("--workers=1", "--json")
+    (template,) = wait_until(lambda: template_of(process))
+    os.kill(template, signal.SIGSTOP)  # else it may be ready already
+    time.sleep(3)  # until the first worker waits for it
+    os.kill(template, signal.SIGKILL)
+    out, err = process.communicate(timeout=240)
+    assert process.returncode == 0, err
+    assert numbers(Path(json.loads(out)["folder"])) == undisturbed["numbers"]
 
 
 @pytest.mark.slow

@@ -1,0 +1,71 @@
+"""Imports all that a trial needs; for the process that workers are forked from, or a worker itself.
+
+Temporary files of that process and of its workers go into one folder, which is removed at the end,
+also of workers that were killed.
+"""
+
+import atexit
+import contextlib
+import ctypes
+import importlib
+import multiprocessing
+import os
+import shutil
+import signal
+import tempfile
+from collections.abc import Iterator
+
+from mnist_wandb.signals import exit_at_once
+
+PR_SET_PDEATHSIG = 1
+"""See prctl(2): the signal that this process gets when its parent has ended."""
+LATE_IMPORTS = (
+    "alembic.command",
+    "opentelemetry.exporter.otlp.proto.http.metric_exporter",
+    "requests",
+    "sqlalchemy.orm",
+    "wandb.sdk.launch",
+)
+"""What Optuna and W&B would import when a worker first uses them."""
+
+_OWNER = os.getpid()
+
+
+def remove_temporary_files() -> None:
+    """Remove the folder for temporary files, if this is the process that has made it."""
+    if os.getpid() == _OWNER:
+        shutil.rmtree(str(tempfile.tempdir), ignore_errors=True)
+
+
+def _leave(*_: object) -> None:
+    if os.getpid() == _OWNER:
+        remove_temporary_files()
+        exit_at_once(0)
+
+
+@contextlib.contextmanager
+def _ending_with_parent() -> Iterator[None]:
+    """End where the parent ends; else a pipe that both write to would stay open for seconds."""
+    if multiprocessing.parent_process() is not None:  # this is a worker itself
+        yield
+        return
+    libc = ctypes.CDLL(None)
+    signal.signal(signal.SIGTERM, _leave)
+    libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    try:
+        yield
+    finally:
+        libc.prctl(PR_SET_PDEATHSIG, 0)  # its workers then outlive their parent a little
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # its end is that of a pipe to them all
+
+
+with _ending_with_parent():
+    tempfile.tempdir = tempfile.mkdtemp(prefix="mnist-wandb-")  # before W&B asks for its place
+    import mnist_wandb.experiment
+    import mnist_wandb.study  # noqa: F401
+
+    for name in LATE_IMPORTS:
+        with contextlib.suppress(ImportError):  # with another version it only takes longer
+            importlib.import_module(name)
+
+    atexit.register(_leave)
