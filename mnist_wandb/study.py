@@ -278,7 +278,7 @@ class SweepStudy:
                 distributions=self.space,
                 user_attrs={**self._attributes(point, values), **facts},
             )
-            # In one go; `enqueue_trial` and `ask` are five, and take four times as long.
+            # One transaction; `enqueue_trial` and `ask` would be five.
             number = self.storage.create_new_trial(self.study._study_id, template)
             return optuna.Trial(self.study, number)
         for key, value in facts.items():
