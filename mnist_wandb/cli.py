@@ -620,7 +620,8 @@ def main(arguments: Sequence[str]) -> int:
     except (typer.Abort, KeyboardInterrupt):
         return _fail("stopped", EXIT_INTERRUPTED + signal.SIGINT, launch)
     except StoppedBeforeTraining as stop:
-        note_client_is_busy()  # maybe with a server that does not answer; nothing is to be saved
+        if "wandb" in sys.modules:  # maybe busy with a server that does not answer
+            note_client_is_busy()
         return _fail("stopped before training began", stop.exit_code(), launch)
     except (BrokenPipeError, SystemExit) as stop:
         # `mnist-wandb show | head`; click and rich turn the closed pipe into an exit.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import multiprocessing.forkserver
+import multiprocessing.resource_tracker
 import signal
 import sys
 from multiprocessing.context import ForkServerContext, SpawnContext
@@ -23,7 +24,8 @@ def start_importing() -> ForkServerContext | SpawnContext:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload([TEMPLATE])
         # Ctrl-C goes to all processes of a terminal; what it means here is for this one to say.
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        multiprocessing.resource_tracker.ensure_running()  # starting it would unblock the signal
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
             multiprocessing.forkserver.ensure_running()
         except OSError:  # with a very long TMPDIR, where its socket would be
@@ -31,5 +33,5 @@ def start_importing() -> ForkServerContext | SpawnContext:
         else:
             return context
         finally:
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
     return multiprocessing.get_context("spawn")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _thread
 import atexit
 import contextlib
 import multiprocessing
@@ -31,7 +32,11 @@ class StoppedBeforeTraining(BaseException):
 
     def exit_code(self) -> int:
         """The exit code for whoever has caught this; the signal is not repeated then."""
-        self.caught.set()
+        stop: BaseException | None = self
+        while stop is not None:  # an earlier one may have been on its way
+            if isinstance(stop, StoppedBeforeTraining):
+                stop.caught.set()
+            stop = stop.__context__
         return EXIT_INTERRUPTED + self.number
 
 
@@ -100,7 +105,7 @@ def _repeat_if_dropped(
         if not caught.is_set() and main is not None:
             signal.pthread_kill(main, number)  # to that thread, whose waiting it interrupts
 
-    threading.Thread(target=watch, daemon=True).start()
+    _thread.start_new_thread(watch, ())  # `Thread.start` takes a lock that we may be inside of
 
 
 def exit_at_once(code: int) -> None:

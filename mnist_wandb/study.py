@@ -269,7 +269,7 @@ class SweepStudy:
         elif self.sweep.method == "bayes":
             self.study.sampler = optuna.samplers.TPESampler(seed=point)
             trial = self.study.ask(self.space)
-            facts = {**self._attributes(point, self._values(trial.params)), **facts}
+            facts |= self._attributes(point, self._values(trial.params))
         else:
             fixed, values = self._next_point(point)
             template = optuna.trial.create_trial(
@@ -294,9 +294,9 @@ class SweepStudy:
 
     def _attributes(self, point: int, values: Sequence[Any]) -> dict[str, Any]:
         return {
-            "point": point,
             "parameters": json.dumps(self.sweep.nest(values)),
             "run_id": secrets.token_hex(ID_LENGTH // 2),
+            "point": point,  # last: who has it has all of them, where they are written singly
         }
 
     def _next_point(self, point: int) -> tuple[dict[str, Any], list[Any]]:
@@ -346,7 +346,7 @@ class SweepStudy:
             if trial.state != TrialState.RUNNING:
                 continue
             worker = trial.user_attrs.get("worker")
-            if "parameters" not in trial.user_attrs:  # its worker died while it was made
+            if "point" not in trial.user_attrs:  # its worker died while it was made
                 self.study.tell(trial.number, state=TrialState.FAIL)
             elif worker is None:
                 self._put_back(trial._trial_id)

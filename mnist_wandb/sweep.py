@@ -265,26 +265,25 @@ class _Crew:
 
     def start_worker(self) -> None:
         """Start one more worker process."""
-        ours, theirs = self.context.Pipe()
-        worker = Worker(
-            self.job.worker.place, f"worker-{secrets.token_hex(4)}", self.job.worker.parent
-        )
-        job = WorkerJob(**{**vars(self.job), "worker": worker})
-        process = self._fork(theirs, job)
-        theirs.close()  # else its end would never be seen here
-        taken = {worker.index for worker in self.workers}
-        index = next(i for i in range(len(taken) + 1) if i not in taken)
-        self.workers.append(WorkerState(index, process, ours))
-
-    def _fork(self, connection: Connection, job: WorkerJob) -> BaseProcess:
         for _ in range(MOST_BROKEN_STARTS):
-            process = self.context.Process(target=work, args=(connection, job), daemon=True)
+            ours, theirs = self.context.Pipe()
+            worker = Worker(
+                self.job.worker.place, f"worker-{secrets.token_hex(4)}", self.job.worker.parent
+            )
+            job = WorkerJob(**{**vars(self.job), "worker": worker})
+            process = self.context.Process(target=work, args=(theirs, job), daemon=True)
             try:
                 process.start()
             except (EOFError, ConnectionError):  # what it is forked from has just been killed
+                ours.close()
                 time.sleep(POLL_SECONDS)  # until that is noticed, and another one is started
                 continue
-            return process
+            finally:
+                theirs.close()  # else its end would never be seen here
+            taken = {worker.index for worker in self.workers}
+            index = next(i for i in range(len(taken) + 1) if i not in taken)
+            self.workers.append(WorkerState(index, process, ours))
+            return
         raise SweepError("no worker can be started: what it is forked from ends (out of memory?)")
 
     def bury(self, worker: WorkerState) -> None:

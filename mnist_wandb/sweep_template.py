@@ -12,6 +12,7 @@ import multiprocessing
 import os
 import shutil
 import signal
+import sys
 import tempfile
 from collections.abc import Iterator
 
@@ -27,14 +28,16 @@ LATE_IMPORTS = (
     "wandb.sdk.launch",
 )
 """What Optuna and W&B would import when a worker first uses them."""
+ENDING_SIGNALS = (signal.SIGTERM, signal.SIGHUP)
 
 _OWNER = os.getpid()
+_folder: str | None = None
 
 
 def remove_temporary_files() -> None:
     """Remove the folder for temporary files, if this is the process that has made it."""
-    if os.getpid() == _OWNER:
-        shutil.rmtree(str(tempfile.tempdir), ignore_errors=True)
+    if _folder is not None and os.getpid() == _OWNER:
+        shutil.rmtree(_folder, ignore_errors=True)
 
 
 def _leave(*_: object) -> None:
@@ -46,26 +49,29 @@ def _leave(*_: object) -> None:
 @contextlib.contextmanager
 def _ending_with_parent() -> Iterator[None]:
     """End where the parent ends; else a pipe that both write to would stay open for seconds."""
-    if multiprocessing.parent_process() is not None:  # this is a worker itself
-        yield
-        return
     libc = ctypes.CDLL(None)
-    signal.signal(signal.SIGTERM, _leave)
+    for number in ENDING_SIGNALS:
+        signal.signal(number, _leave)
     libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
     try:
         yield
     finally:
         libc.prctl(PR_SET_PDEATHSIG, 0)  # its workers then outlive their parent a little
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # its end is that of a pipe to them all
+        for number in ENDING_SIGNALS:
+            signal.signal(number, signal.SIG_IGN)  # its end is that of a pipe to them all
+    atexit.register(_leave)
 
 
-with _ending_with_parent():
-    tempfile.tempdir = tempfile.mkdtemp(prefix="mnist-wandb-")  # before W&B asks for its place
+_is_worker = multiprocessing.parent_process() is not None
+if not _is_worker:
+    sys.path[:] = filter(None, sys.path)  # not the working folder, whatever lies there
+with contextlib.nullcontext() if _is_worker else _ending_with_parent():
+    _folder = tempfile.mkdtemp(prefix="mnist-wandb-")
+    tempfile.tempdir = _folder  # before W&B asks for its place
+
     import mnist_wandb.experiment
     import mnist_wandb.study  # noqa: F401
 
     for name in LATE_IMPORTS:
         with contextlib.suppress(ImportError):  # with another version it only takes longer
             importlib.import_module(name)
-
-    atexit.register(_leave)
