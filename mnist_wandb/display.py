@@ -395,6 +395,8 @@ def _workers_table(progress: SweepProgress) -> Group:
     parts += [f"{counts[s]} {s}" for s in ("finished", "stopped", "failed") if counts[s]]
     if progress.seconds_left is not None:
         parts.append(f"about {describe_seconds(progress.seconds_left)} left")
+    if not progress.workers:
+        return Group("  ".join([*parts, "starting"]))
     table = Table("worker", "device", "trial", "epoch", "metric", "parameters")
     for worker in sorted(progress.workers, key=lambda worker: worker.index):
         table.add_row(*_worker_row(worker))

@@ -97,7 +97,7 @@ class SweepProgress:
     Attributes:
         sweep: the file.
         records: all points so far.
-        workers: the processes.
+        workers: the processes; none before the first has started.
         seconds_left: an estimate, or None.
     """
 
@@ -231,7 +231,7 @@ class _Crew:
         first = self.options.num_workers or 1
         if self.is_complete():
             return SweepOutcome("finished", "", self.job.folder, self.records)
-        self.show(self.progress(), None)  # the first worker may have to wait for the imports
+        self.show(self.progress(), None)  # the first worker waits for the imports
         for _ in range(max(1, min(first, self.most_useful() or first))):
             self.start_worker()
         interrupted = False
@@ -251,7 +251,8 @@ class _Crew:
                     self.bury(sentinels[source])
             if self.records_are_old and time.monotonic() >= self.next_reading:
                 self.read_records()
-            self.show(self.progress(), None)
+            if self.workers:
+                self.show(self.progress(), None)
         self.read_records()
         status = "interrupted" if interrupted else "failed" if self.failed else "finished"
         return SweepOutcome(status, self.reason, self.job.folder, self.records, self.num_ended)
