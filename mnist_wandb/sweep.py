@@ -45,7 +45,7 @@ MOST_WORKERS = 8
 """Workers on a CPU where nobody says how many: each takes about 0.6 GB of memory."""
 POLL_SECONDS = 0.2
 READING_SECONDS = 1.0
-"""Shortest time between two readings of all trials, which take longer the more there are."""
+"""Longest time between two readings of all trials, which other machines may have taken further."""
 ENDED_STATES = ("finished", "stopped", "failed")
 STOP_SECONDS = 60.0
 """How long workers may take to save their trials before they are killed."""
@@ -209,8 +209,7 @@ class _Crew:
         self.context = start_importing()
         self.workers: list[WorkerState] = []
         self.plan: list[tuple[str, int | None]] = []  # device and threads of each worker
-        self.records = study.records()
-        self.records_are_old, self.next_reading = False, 0.0
+        self.read_records()
         self.num_begun = self.num_ended = 0
         self.failures_in_a_row = self.broken_starts = self.deaths_in_a_row = 0
         self.reason = ""
@@ -249,7 +248,7 @@ class _Crew:
             for source in ready:
                 if source in sentinels:
                     self.bury(sentinels[source])
-            if self.records_are_old and time.monotonic() >= self.next_reading:
+            if time.monotonic() >= self.next_reading:
                 self.read_records()
             if self.workers:
                 self.show(self.progress(), None)
@@ -260,7 +259,7 @@ class _Crew:
     def read_records(self) -> None:
         """Ask the database how the trials stand."""
         self.records = self.study.records()
-        self.records_are_old, self.next_reading = False, time.monotonic() + READING_SECONDS
+        self.next_reading = time.monotonic() + READING_SECONDS
 
     # ── Processes.
 
@@ -297,7 +296,6 @@ class _Crew:
         self.workers.remove(worker)
         worker.connection.close()
         worker.process.join()
-        self.records_are_old = True
         if self.reason or worker.is_dismissed:
             return
         code = worker.process.exitcode
@@ -354,7 +352,6 @@ class _Crew:
                 self.welcome(worker, devices)
             case Started():
                 worker.trial, worker.progress = message, None
-                self.records_are_old = True
             case Progress():
                 worker.progress = message
             case Ended():
@@ -410,8 +407,8 @@ class _Crew:
         if self.failures_in_a_row >= self.options.max_failures and not self.reason:
             self.failed = True
             self.reason = f"{self.failures_in_a_row} trials in a row failed"
-        self.send_on(worker)  # before the screen is drawn
-        self.records_are_old = True
+        self.send_on(worker)  # before the database is asked and the screen is drawn
+        self.read_records()
         self.show(self.progress(), ended)
 
     def progress(self) -> SweepProgress:

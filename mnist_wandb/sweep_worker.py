@@ -153,7 +153,7 @@ def work(connection: Connection, job: WorkerJob) -> None:
 
     close_service()
     remove_temporary_files()
-    exit_at_once(code)  # taking torch down in order takes over a second, for nothing
+    exit_at_once(code)
 
 
 class _ToParent(logging.Handler):

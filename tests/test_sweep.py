@@ -54,6 +54,13 @@ def start(*arguments: str) -> subprocess.Popen[str]:
     )
 
 
+def finish(process: subprocess.Popen[str]) -> tuple[dict[str, Any], str]:
+    """The outcome of a sweep that ends well, and what it says on stderr."""
+    out, err = process.communicate(timeout=240)
+    assert process.returncode == 0, err
+    return json.loads(out), err
+
+
 def workers_of(process: subprocess.Popen[str]) -> list[int]:
     """The processes that were forked from the one that has imported torch."""
     return [pid for template in template_of(process) for pid in children_of(template)]
@@ -230,9 +237,7 @@ def test_kills_of_a_worker_and_of_the_parent_change_no_number(
         if json.loads(path.read_text())["status"] == "finished"
     }
     process = start("--workers=1", "--json")
-    out, err = process.communicate(timeout=240)
-    assert process.returncode == 0, err
-    outcome = json.loads(out)
+    outcome, err = finish(process)
     assert outcome["counts"] == undisturbed["outcome"]["counts"]
     assert numbers(Path(outcome["folder"])) == undisturbed["numbers"]
     for path, changed in ended.items():  # what had ended is left alone
@@ -248,8 +253,8 @@ def test_workers_start_by_themselves_where_none_can_be_forked(
     temporary.mkdir(parents=True)
     monkeypatch.setenv("TMPDIR", str(temporary))
     Path("mine.yaml").write_text(SWEEP)
-    out, err = start("--workers=1", "--count=1", "--json").communicate(timeout=240)
-    assert json.loads(out)["counts"]["finished"] == 1, err
+    outcome, _ = finish(start("--workers=1", "--count=1", "--json"))
+    assert outcome["counts"]["finished"] == 1
     assert not list(temporary.glob("mnist-wandb-*"))
 
 
@@ -260,10 +265,9 @@ def test_a_killed_process_that_workers_are_forked_from_is_replaced(
     process = start("--workers=1", "--json")
     wait_until(run_under_way)
     os.kill(template_of(process)[0], signal.SIGKILL)
-    out, err = process.communicate(timeout=240)
-    assert process.returncode == 0, err
+    outcome, err = finish(process)
     assert "its worker ended" in err
-    assert numbers(Path(json.loads(out)["folder"])) == undisturbed["numbers"]
+    assert numbers(Path(outcome["folder"])) == undisturbed["numbers"]
 
 
 def test_workers_start_though_the_process_that_they_wait_for_is_killed(
@@ -275,9 +279,8 @@ def test_workers_start_though_the_process_that_they_wait_for_is_killed(
     os.kill(template, signal.SIGSTOP)  # else it may be ready already
     time.sleep(3)  # until the first worker waits for it
     os.kill(template, signal.SIGKILL)
-    out, err = process.communicate(timeout=240)
-    assert process.returncode == 0, err
-    assert numbers(Path(json.loads(out)["folder"])) == undisturbed["numbers"]
+    outcome, _ = finish(process)
+    assert numbers(Path(outcome["folder"])) == undisturbed["numbers"]
 
 
 @pytest.mark.slow
@@ -286,10 +289,8 @@ def test_a_worker_that_is_told_to_end_by_others_is_replaced(undisturbed: dict[st
     process = start("--workers=1", "--json")
     wait_until(run_under_way)
     os.kill(workers_of(process)[0], signal.SIGTERM)
-    out, err = process.communicate(timeout=240)
-    assert process.returncode == 0, err
+    outcome, err = finish(process)
     assert "put back" in err
-    outcome = json.loads(out)
     assert outcome["num_run"] == 4
     assert numbers(Path(outcome["folder"])) == undisturbed["numbers"]
 
@@ -311,9 +312,7 @@ def test_a_stopped_sweep_puts_its_trials_back_and_goes_on(
     assert outcome["counts"]["running"] == 0
     assert json.loads((run / "summary.json").read_text())["status"] == "interrupted"
     process = start("--workers=1", "--json")
-    out, err = process.communicate(timeout=240)
-    assert process.returncode == 0, err
-    outcome = json.loads(out)
+    outcome, err = finish(process)
     assert outcome["counts"] == undisturbed["outcome"]["counts"]
     assert numbers(Path(outcome["folder"])) == undisturbed["numbers"]
 
