@@ -135,10 +135,9 @@ def _warn(problems: Sequence[Problem]) -> None:
 def _describe(sweep: SweepFile, folder: Path, records: Sequence[TrialRecord]) -> dict[str, Any]:
     """A sweep's state as plain values."""
     from mnist_wandb.display import count_states
-    from mnist_wandb.study import DEFAULT_METRIC
     from mnist_wandb.sweep import best_first, estimate_seconds_left
 
-    metric = sweep.metric or DEFAULT_METRIC
+    metric = sweep.objective
     dirs = {path.name.rpartition("-")[2]: str(path) for path in folder.glob("*-*")}
     trials = [{**vars(r), "run_dir": dirs.get(r.run_id)} for r in records]
     best = best_first(sweep, records)

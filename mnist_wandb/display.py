@@ -24,7 +24,7 @@ if TYPE_CHECKING:  # some import NumPy, which `configs` does without
     from mnist_wandb.seedgroup import SeedsResult
     from mnist_wandb.study import TrialRecord
     from mnist_wandb.sweep import SweepProgress, WorkerState
-    from mnist_wandb.sweep_worker import Ended, Said
+    from mnist_wandb.sweep_messages import Ended, Said
     from mnist_wandb.sweepfile import SweepFile
     from mnist_wandb.train import Event
 
@@ -404,7 +404,7 @@ def _workers_table(progress: SweepProgress) -> Group:
 
 
 def _worker_row(worker: WorkerState) -> tuple[str, ...]:
-    trial, progress = worker.trial, worker.progress
+    trial, progress = worker.claim, worker.progress
     return (
         str(worker.index),
         worker.device or "starting",
@@ -449,7 +449,6 @@ def print_sweep(
     size = "no end" if sweep.num_points is None else f"{sweep.num_points} points"
     states = ", ".join(f"{count} {state}" for state, count in counts.items() if count)
     console.print(f"{sweep.name}: {sweep.method}, {size}; {states or 'nothing has been run'}")
-    metric = "best/val_accuracy" if sweep.metric is None else sweep.metric.name
     rows = [
         (
             str(record.number),
@@ -461,7 +460,12 @@ def print_sweep(
         for record in best
     ]
     if rows:
-        print_rows(console, ("trial", metric, "seconds", "run", "parameters"), rows, title="best")
+        print_rows(
+            console,
+            ("trial", sweep.objective.name, "seconds", "run", "parameters"),
+            rows,
+            title="best",
+        )
     for record in records:
         if record.error is not None:
             console.print(f"trial {record.number} failed: {record.error.splitlines()[0]}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import importlib.metadata
 import logging
@@ -565,6 +566,7 @@ def describe_splits(splits: Splits) -> dict[str, Any]:
     return dict(zip(DATA_FACTS, values, strict=True))
 
 
+@functools.cache
 def package_versions() -> dict[str, str]:
     """Versions of this package and of those that decide its numbers."""
     names = ("mnist-wandb", "torch", "torchvision", "wandb", "numpy", "pydantic")

@@ -31,7 +31,8 @@ from optuna.trial import FrozenTrial, TrialState
 from mnist_wandb.distributions import EDGE
 from mnist_wandb.errors import SweepError
 from mnist_wandb.runs import ID_LENGTH, study_name
-from mnist_wandb.sweepfile import Metric, Parameter, SweepFile
+from mnist_wandb.sweep_messages import Claim, Worker, lock_path
+from mnist_wandb.sweepfile import Parameter, SweepFile
 
 HEARTBEAT_SECONDS = 5
 """How often a worker tells a shared database that it is alive."""
@@ -40,8 +41,6 @@ GRACE_SECONDS = 30
 MOST_DEATHS = 3
 """A trial that has killed so many workers (out of memory, say) is given up."""
 LOCK_SECONDS = 600
-DEFAULT_METRIC = Metric("best/val_accuracy", "maximize")
-"""What trials are listed by where a sweep names no metric."""
 
 STATES = {
     TrialState.COMPLETE: "finished",
@@ -75,41 +74,9 @@ class TrialRecord:
     seconds: float | None
 
 
-@dataclass(frozen=True)
-class Worker:
-    """Who works on a trial.
-
-    Attributes:
-        place: id of the sweep folder that its run folders and locks are in.
-        name: of its lock file.
-        parent: name of the lock file of the process that started it.
-    """
-
-    place: str
-    name: str
-    parent: str
-
-
-@dataclass(frozen=True)
-class Claim:
-    """A trial that this process works on."""
-
-    trial: optuna.Trial
-    number: int
-    parameters: dict[str, Any]
-    run_id: str
-    stopped: bool
-    """Hyperband had stopped it, and its worker died before it could say so."""
-
-
 def sweep_folder(sweep: SweepFile, runs_dir: Path) -> Path:
     """Where a sweep's run folders and its SQLite file are."""
     return runs_dir / study_name(sweep)
-
-
-def lock_path(folder: Path, name: str) -> Path:
-    """The file that a process of a sweep keeps locked while it lives."""
-    return folder / ".workers" / f"{name}.lock"
 
 
 class SweepStudy:
@@ -128,7 +95,7 @@ class SweepStudy:
             storage: address of a shared database; default: an SQLite file in the folder.
         """
         self.sweep, self.folder = sweep, folder
-        self.metric = sweep.metric or DEFAULT_METRIC
+        self.metric = sweep.objective
         self.address = _address(storage or f"sqlite:///{folder.absolute() / 'sweep.db'}")
         self.space = {p.name: _optuna_distribution(sweep, p) for p in _varied(sweep)}
         optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -241,49 +208,41 @@ class SweepStudy:
             self.lock(),
             warnings.catch_warnings(action="ignore"),
         ):
-            trials = self._release_dead(worker.place)
-            trial = self._take(trials, worker)
-            if trial is None:
-                return None
-            attributes = trial.user_attrs
-            if not self.is_file:
-                self.heartbeat(trial)
-        return Claim(
-            trial,
-            attributes["point"],
-            json.loads(attributes["parameters"]),
-            attributes["run_id"],
-            "stopped" in attributes,
-        )
+            claim = self._take(self._release_dead(worker.place), worker)
+            if claim is not None:
+                self.heartbeat(claim)
+        return claim
 
-    def _take(self, trials: Sequence[FrozenTrial], worker: Worker) -> optuna.Trial | None:
+    def _take(self, trials: Sequence[FrozenTrial], worker: Worker) -> Claim | None:
         facts = {"worker": vars(worker)}
-        waiting = any(trial.state == TrialState.WAITING for trial in trials)
+        for trial in trials:
+            if trial.state == TrialState.WAITING:
+                self.storage.set_trial_user_attr(trial._trial_id, "worker", facts["worker"])
+                self.storage.set_trial_state_values(trial._trial_id, TrialState.RUNNING)
+                return _claim(trial._trial_id, trial.user_attrs)
         point = 1 + max(
             (t.user_attrs["point"] for t in trials if "point" in t.user_attrs), default=-1
         )
-        if not waiting and self._is_over(trials, point):
+        if self._is_over(trials, point):
             return None
-        if waiting:
-            trial = self.study.ask()
-        elif self.sweep.method == "bayes":
+        if self.sweep.method == "bayes":
             self.study.sampler = optuna.samplers.TPESampler(seed=point)
-            trial = self.study.ask(self.space)
-            facts |= self._attributes(point, self._values(trial.params))
-        else:
-            fixed, values = self._next_point(point)
-            template = optuna.trial.create_trial(
-                state=TrialState.RUNNING,
-                params=fixed,
-                distributions=self.space,
-                user_attrs={**self._attributes(point, values), **facts},
-            )
-            # One transaction; `enqueue_trial` and `ask` would be five.
-            number = self.storage.create_new_trial(self.study._study_id, template)
-            return optuna.Trial(self.study, number)
-        for key, value in facts.items():
-            trial.set_user_attr(key, value)
-        return trial
+            asked = self.study.ask(self.space)
+            attributes = self._attributes(point, self._values(asked.params))
+            for key, value in {**facts, **attributes}.items():
+                asked.set_user_attr(key, value)
+            return _claim(asked._trial_id, attributes)
+        fixed, values = self._next_point(point)
+        attributes = self._attributes(point, values)
+        template = optuna.trial.create_trial(
+            state=TrialState.RUNNING,
+            params=fixed,
+            distributions=self.space,
+            user_attrs={**attributes, **facts},
+        )
+        # One transaction; `enqueue_trial` and `ask` would be five.
+        number = self.storage.create_new_trial(self.study._study_id, template)
+        return _claim(number, attributes)
 
     def _is_over(self, trials: Sequence[FrozenTrial], point: int) -> bool:
         size = self.sweep.num_points
@@ -371,16 +330,18 @@ class SweepStudy:
     def _put_back(self, trial_id: int) -> None:
         self.storage.set_trial_state_values(trial_id, TrialState.WAITING)
 
-    def heartbeat(self, trial: optuna.Trial) -> None:
-        """Tell the database that a trial's worker is alive."""
-        self.storage.record_heartbeat(trial._trial_id)
+    def heartbeat(self, claim: Claim) -> None:
+        """Tell a shared database that a trial's worker is alive."""
+        if not self.is_file:
+            with self._telling_errors():
+                self.storage.record_heartbeat(claim.trial_id)
 
     def report(self, claim: Claim, iteration: int, value: float) -> bool:
         """Record a value of the metric; False where the trial is not this worker's any more."""
         with self._telling_errors():
             try:
                 # A resumed run reports some again; `Trial.report` would warn of that.
-                self.storage.set_trial_intermediate_value(claim.trial._trial_id, iteration, value)
+                self.storage.set_trial_intermediate_value(claim.trial_id, iteration, value)
             except optuna.exceptions.UpdateFinishedTrialError:
                 return False
         return True
@@ -392,31 +353,39 @@ class SweepStudy:
         return [
             [value for _, value in sorted(trial.intermediate_values.items())]
             for trial in trials
-            if trial.number != claim.trial.number and not _is_superseded(trial, trials)
+            if trial._trial_id != claim.trial_id and not _is_superseded(trial, trials)
         ]
 
     def mark_stopped(self, claim: Claim) -> None:
         """Remember that hyperband stops a trial, whatever happens to its worker."""
         with self._telling_errors():
-            claim.trial.set_user_attr("stopped", True)
+            self.storage.set_trial_user_attr(claim.trial_id, "stopped", True)
 
     def end(
         self, claim: Claim, state: str, value: float | None = None, error: str | None = None
     ) -> None:
         """Record how a trial ended: finished (with a value) | stopped | failed | waiting."""
-        with self._telling_errors():
-            try:
-                if error is not None:
-                    claim.trial.set_user_attr("error", error[:2000])
-                if state == "waiting":
-                    self._put_back(claim.trial._trial_id)
-                elif state == "finished":
-                    self.study.tell(claim.trial, value)
-                else:
-                    ended = {"stopped": TrialState.PRUNED, "failed": TrialState.FAIL}[state]
-                    self.study.tell(claim.trial, state=ended)
-            except (optuna.exceptions.UpdateFinishedTrialError, ValueError):
-                pass  # another machine had given this one up, and has it now
+        trial_id = claim.trial_id
+        # Optuna's `tell` would read the trial three times around the same write.
+        with (
+            self._telling_errors(),
+            # Another machine had given this one up, and has it now.
+            contextlib.suppress(optuna.exceptions.UpdateFinishedTrialError),
+        ):
+            if error is not None:
+                self.storage.set_trial_user_attr(trial_id, "error", error[:2000])
+            match state:
+                case "waiting":
+                    self._put_back(trial_id)
+                case "finished":
+                    assert value is not None
+                    self.storage.set_trial_state_values(trial_id, TrialState.COMPLETE, [value])
+                case "stopped":
+                    reported = self.storage.get_trial(trial_id).intermediate_values
+                    values = [reported[max(reported)]] if reported else None
+                    self.storage.set_trial_state_values(trial_id, TrialState.PRUNED, values)
+                case "failed":
+                    self.storage.set_trial_state_values(trial_id, TrialState.FAIL)
 
     def records(self) -> list[TrialRecord]:
         """All points so far, by number."""
@@ -432,6 +401,16 @@ class SweepStudy:
 
 _NATIVE = ("int_uniform", "uniform", "log_uniform_values")
 """What Optuna has itself; the others are searched by their quantiles, as W&B's engine does."""
+
+
+def _claim(trial_id: int, attributes: Mapping[str, Any]) -> Claim:
+    return Claim(
+        trial_id,
+        attributes["point"],
+        json.loads(attributes["parameters"]),
+        attributes["run_id"],
+        "stopped" in attributes,
+    )
 
 
 def _varied(sweep: SweepFile) -> list[Parameter]:

@@ -19,33 +19,29 @@ from mnist_wandb.agent import read_command
 from mnist_wandb.errors import ConfigError, SweepError
 from mnist_wandb.forking import start_importing
 from mnist_wandb.settings import Settings
-from mnist_wandb.study import (
-    SweepStudy,
-    TrialRecord,
-    Worker,
-    lock_path,
-    sweep_folder,
-)
-from mnist_wandb.sweep_worker import (
+from mnist_wandb.study import HEARTBEAT_SECONDS, SweepStudy, TrialRecord, sweep_folder
+from mnist_wandb.sweep_messages import (
     Begin,
+    Claim,
     Ended,
-    Go,
-    NothingLeft,
     Progress,
     Ready,
+    Reported,
     Said,
-    Started,
     Stop,
+    Verdict,
+    Worker,
     WorkerJob,
-    work,
+    lock_path,
 )
+from mnist_wandb.sweep_worker import work
 from mnist_wandb.sweepfile import SweepFile
 
 MOST_WORKERS = 8
 """Workers on a CPU where nobody says how many: each takes about 0.6 GB of memory."""
 POLL_SECONDS = 0.2
 READING_SECONDS = 1.0
-"""Longest time between two readings of all trials, which other machines may have taken further."""
+"""Time between two readings of all trials, which other machines may take further, too."""
 ENDED_STATES = ("finished", "stopped", "failed")
 STOP_SECONDS = 60.0
 """How long workers may take to save their trials before they are killed."""
@@ -81,12 +77,13 @@ class WorkerState:
     """What the parent knows of one worker, also for showing it."""
 
     index: int
+    who: Worker
     process: BaseProcess
     connection: Connection
     device: str = ""
     is_ready: bool = False
     is_dismissed: bool = False
-    trial: Started | None = None
+    claim: Claim | None = None
     progress: Progress | None = None
 
 
@@ -157,7 +154,6 @@ def run_sweep(
             read_command(sweep),
             settings,
             folder,
-            options.storage,
             Worker(_place(folder), "", parent),
             options.label,
         )
@@ -212,6 +208,7 @@ class _Crew:
         self.read_records()
         self.num_begun = self.num_ended = 0
         self.failures_in_a_row = self.broken_starts = self.deaths_in_a_row = 0
+        self.next_beat = 0.0
         self.reason = ""
         self.failed = False
 
@@ -219,7 +216,13 @@ class _Crew:
         return self
 
     def __exit__(self, *error: object) -> None:
+        """End the workers that are left after an error; they save what they have."""
+        deadline = time.monotonic() + STOP_SECONDS
         for worker in self.workers:
+            worker.connection.close()  # which they take for the end of this process
+        for worker in self.workers:
+            if worker.is_ready:
+                worker.process.join(max(0.0, deadline - time.monotonic()))
             worker.process.kill()
         for worker in self.workers:
             worker.process.join()
@@ -248,6 +251,7 @@ class _Crew:
             for source in ready:
                 if source in sentinels:
                     self.bury(sentinels[source])
+            self.beat()
             if time.monotonic() >= self.next_reading:
                 self.read_records()
             if self.workers:
@@ -260,6 +264,15 @@ class _Crew:
         """Ask the database how the trials stand."""
         self.records = self.study.records()
         self.next_reading = time.monotonic() + READING_SECONDS
+
+    def beat(self) -> None:
+        """Tell a shared database, now and then, that the trials are in hands."""
+        if time.monotonic() < self.next_beat:
+            return
+        self.next_beat = time.monotonic() + HEARTBEAT_SECONDS
+        for worker in self.workers:
+            if worker.claim is not None:
+                self.study.heartbeat(worker.claim)
 
     # ── Processes.
 
@@ -282,7 +295,7 @@ class _Crew:
                 theirs.close()  # else its end would never be seen here
             taken = {worker.index for worker in self.workers}
             index = next(i for i in range(len(taken) + 1) if i not in taken)
-            self.workers.append(WorkerState(index, process, ours))
+            self.workers.append(WorkerState(index, worker, process, ours))
             return
         raise SweepError("no worker can be started: what it is forked from ends (out of memory?)")
 
@@ -305,10 +318,9 @@ class _Crew:
             raise SweepError(f"worker processes end before they have begun (exit code {code})")
         if self.deaths_in_a_row >= MOST_DEATHS_IN_A_ROW:
             raise SweepError(f"worker processes end again and again (exit code {code})")
-        if worker.is_ready:
-            self.num_begun -= 1  # what it had, or was about to take
-        if worker.trial is not None:
-            text = f"trial {worker.trial.number}: its worker ended (exit code {code}); it goes on"
+        if worker.claim is not None:
+            self.num_begun -= 1
+            text = f"trial {worker.claim.number}: its worker ended (exit code {code}); it goes on"
             self.show(self.progress(), Said(text))
         self.start_worker()
 
@@ -322,6 +334,7 @@ class _Crew:
         for worker in self.workers:
             while worker.process.is_alive() and time.monotonic() < deadline:
                 self.listen(worker)
+                self.beat()
                 self.should_stop()  # a second Ctrl-C is heard
                 worker.process.join(POLL_SECONDS)
             if worker.process.is_alive():
@@ -350,15 +363,12 @@ class _Crew:
         match message:
             case Ready(devices):
                 self.welcome(worker, devices)
-            case Started():
-                worker.trial, worker.progress = message, None
             case Progress():
                 worker.progress = message
+            case Reported(history):
+                self.tell(worker, self.judge(worker, history))
             case Ended():
                 self.account(worker, message)
-            case NothingLeft():
-                self.num_begun -= 1
-                self.dismiss(worker)
             case Said():
                 self.show(self.progress(), message)
 
@@ -386,17 +396,34 @@ class _Crew:
         return min(limits) if limits else None
 
     def send_on(self, worker: WorkerState) -> None:
-        """Let a worker take the next trial, or end it where enough have been run."""
-        worker.trial = worker.progress = None
+        """Give a worker the next trial, or end it where there is none, or enough have been run."""
+        worker.claim = worker.progress = None
         enough = self.options.count is not None and self.num_begun >= self.options.count
-        if self.reason or enough:
+        if not self.reason and not enough:
+            worker.claim = self.study.claim(worker.who)
+        if worker.claim is None:
             self.dismiss(worker)
         else:
             self.num_begun += 1
-            self.tell(worker, Go())
+            self.tell(worker, worker.claim)
+
+    def judge(self, worker: WorkerState, history: list[float]) -> Verdict:
+        """Record a trial's latest value; hyperband: stop it where the others were better there."""
+        claim, hyperband = worker.claim, self.job.sweep.hyperband
+        assert claim is not None
+        assert hyperband is not None
+        if not self.study.report(claim, len(history) - 1, history[-1]):
+            return Verdict(lost=True)
+        others = self.study.other_histories(claim)
+        band = hyperband.stopping_band(history, others, maximize=self.study.metric.maximize)
+        if band is not None:
+            self.study.mark_stopped(claim)
+        return Verdict(band)
 
     def account(self, worker: WorkerState, ended: Ended) -> None:
-        """Count a trial that has ended, and let its worker take the next one."""
+        """Record a trial that has ended, and give its worker the next one."""
+        assert worker.claim is not None
+        self.study.end(worker.claim, ended.state, ended.value, ended.error)
         self.deaths_in_a_row = 0
         if ended.state == "waiting":
             self.num_begun -= 1
@@ -407,8 +434,10 @@ class _Crew:
         if self.failures_in_a_row >= self.options.max_failures and not self.reason:
             self.failed = True
             self.reason = f"{self.failures_in_a_row} trials in a row failed"
-        self.send_on(worker)  # before the database is asked and the screen is drawn
-        self.read_records()
+        if ended.is_last:
+            worker.claim = None
+        else:
+            self.send_on(worker)  # before the screen is drawn
         self.show(self.progress(), ended)
 
     def progress(self) -> SweepProgress:
@@ -473,7 +502,7 @@ def read_status(
 
 def best_first(sweep: SweepFile, records: Sequence[TrialRecord]) -> list[TrialRecord]:
     """The finished trials, best value first."""
-    sign = -1 if sweep.metric is None or sweep.metric.maximize else 1
+    sign = -1 if sweep.objective.maximize else 1
     done = [record for record in records if record.state == "finished" and record.value is not None]
     return sorted(done, key=lambda record: (sign * (record.value or 0), record.number))
 

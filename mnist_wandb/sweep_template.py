@@ -7,6 +7,7 @@ also of workers that were killed.
 import atexit
 import contextlib
 import ctypes
+import gc
 import importlib
 import multiprocessing
 import os
@@ -21,13 +22,17 @@ from mnist_wandb.signals import exit_at_once
 PR_SET_PDEATHSIG = 1
 """See prctl(2): the signal that this process gets when its parent has ended."""
 LATE_IMPORTS = (
-    "alembic.command",
+    "numpy.random",
+    "opentelemetry.exporter.otlp.proto.http._log_exporter",
     "opentelemetry.exporter.otlp.proto.http.metric_exporter",
+    "PIL.ImageSequence",
+    "PIL.PngImagePlugin",
     "requests",
-    "sqlalchemy.orm",
-    "wandb.sdk.launch",
+    "torch.nested._internal.nested_tensor",
+    "wandb.sdk.artifacts._internal_artifact",
+    "wandb.sdk.launch.inputs.internal",
 )
-"""What Optuna and W&B would import when a worker first uses them."""
+"""What numpy, torch and W&B would import in a worker's first trial."""
 ENDING_SIGNALS = (signal.SIGTERM, signal.SIGHUP)
 
 _OWNER = os.getpid()
@@ -69,9 +74,13 @@ with contextlib.nullcontext() if _is_worker else _ending_with_parent():
     _folder = tempfile.mkdtemp(prefix="mnist-wandb-")
     tempfile.tempdir = _folder  # before W&B asks for its place
 
-    import mnist_wandb.experiment
-    import mnist_wandb.study  # noqa: F401
+    gc.disable()  # what is imported stays
+    import mnist_wandb.experiment  # noqa: F401
+    from mnist_wandb.tracking import find_packages
 
     for name in LATE_IMPORTS:
         with contextlib.suppress(ImportError):  # with another version it only takes longer
             importlib.import_module(name)
+    find_packages()
+    gc.freeze()  # so that the workers go on sharing its memory
+    gc.enable()

@@ -1,7 +1,8 @@
 """A process that runs trials of a sweep, one after the other; torch is imported once.
 
-It is told what to do, and tells what happens, through a pipe to the process that started it. When
-that one is gone, the pipe breaks: the trial under way is saved and put back.
+It gets its trials, and tells what becomes of them, through a pipe to the process that started it,
+which alone writes to the database. When that one is gone, the pipe breaks: the trial under way is
+saved, and goes on with whoever runs the sweep next.
 """
 
 from __future__ import annotations
@@ -10,124 +11,34 @@ import contextlib
 import logging
 import math
 import signal
-import threading
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import replace
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
 
-from mnist_wandb.agent import RunCommand, resolve_point
-from mnist_wandb.errors import MnistWandbError, RunError, SweepError
+from mnist_wandb.agent import resolve_point
+from mnist_wandb.errors import MnistWandbError, RunError
 from mnist_wandb.runs import RunFolder
-from mnist_wandb.settings import Settings
 from mnist_wandb.signals import exit_after_parent, exit_at_once
-from mnist_wandb.study import HEARTBEAT_SECONDS, Claim, SweepStudy, Worker, lock_path
-from mnist_wandb.sweepfile import SweepFile
+from mnist_wandb.sweep_messages import (
+    Begin,
+    Claim,
+    Ended,
+    Progress,
+    Ready,
+    Reported,
+    Said,
+    Stop,
+    Verdict,
+    WorkerJob,
+    lock_path,
+)
 
 PROGRESS_SECONDS = 0.2
 """Shortest time between two messages about one trial's progress."""
-
-
-@dataclass(frozen=True)
-class WorkerJob:
-    """What a worker works on; handed over when it starts.
-
-    Attributes:
-        sweep: the sweep file.
-        command: what its command says about each run.
-        settings: the surroundings.
-        folder: the sweep's folder.
-        storage: address of a shared database, or None.
-        worker: who it is.
-        label: how the record of a run calls the sweep file.
-    """
-
-    sweep: SweepFile
-    command: RunCommand
-    settings: Settings
-    folder: Path
-    storage: str | None
-    worker: Worker
-    label: str
-
-
-# ── messages ─────────────────────────────────────────────────────────────────────────────────
-
-
-@dataclass(frozen=True)
-class Ready:
-    """The worker has imported torch, and found these devices."""
-
-    devices: list[str]
-
-
-@dataclass(frozen=True)
-class Begin:
-    """To the worker: its device, and its number of threads (None leaves torch's own)."""
-
-    device: str
-    num_threads: int | None
-
-
-@dataclass(frozen=True)
-class Go:
-    """To the worker: take a trial."""
-
-
-@dataclass(frozen=True)
-class Stop:
-    """To the worker: save the trial under way and put it back."""
-
-
-@dataclass(frozen=True)
-class Started:
-    """A trial has been taken."""
-
-    number: int
-    parameters: dict[str, Any]
-    run_id: str
-    resumed: bool
-
-
-@dataclass(frozen=True)
-class Progress:
-    """A trial has got further."""
-
-    epoch: float
-    epochs: float
-    value: float | None
-
-
-@dataclass(frozen=True)
-class Ended:
-    """A trial has ended: finished | stopped | failed | waiting (put back)."""
-
-    number: int
-    parameters: dict[str, Any]
-    state: str
-    value: float | None
-    error: str | None
-    run_dir: str | None
-    seconds: float
-
-
-@dataclass(frozen=True)
-class NothingLeft:
-    """There was no trial to take."""
-
-
-@dataclass(frozen=True)
-class Said:
-    """A warning of a run."""
-
-    text: str
-
-
-# ── the process ──────────────────────────────────────────────────────────────────────────────
 
 
 def work(connection: Connection, job: WorkerJob) -> None:
@@ -135,25 +46,18 @@ def work(connection: Connection, job: WorkerJob) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears Ctrl-C and tells us
     exit_after_parent()
     # Whoever can take this lock knows that we are gone, however we went.
-    code = 0
     with FileLock(lock_path(job.folder, job.worker.name)):
         session = _WorkerSession(connection, job)
         signal.signal(signal.SIGTERM, session.on_sigterm)
-        try:
-            session.serve()
-        except (EOFError, BrokenPipeError, ConnectionResetError):
-            pass  # the parent is gone
-        except SweepError as error:  # the database is
-            code = 1
-            with contextlib.suppress(OSError):
-                connection.send(Said(str(error)))
+        with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
+            session.serve()  # as long as the parent is there
     lock_path(job.folder, job.worker.name).unlink(missing_ok=True)
     from mnist_wandb.sweep_template import remove_temporary_files
     from mnist_wandb.tracking import close_service
 
     close_service()
     remove_temporary_files()
-    exit_at_once(code)
+    exit_at_once(0)
 
 
 class _ToParent(logging.Handler):
@@ -171,7 +75,7 @@ class _ToParent(logging.Handler):
 
 
 class _WorkerSession:
-    """One worker process: a study, a device, a pipe."""
+    """One worker process: a pipe and a device."""
 
     def __init__(self, connection: Connection, job: WorkerJob) -> None:
         self.connection, self.job = connection, job
@@ -194,10 +98,8 @@ class _WorkerSession:
 
         from mnist_wandb.device import available_devices
 
-        job = self.job
-        with contextlib.closing(SweepStudy(job.sweep, job.folder, job.storage)) as self.study:
-            self.connection.send(Ready(available_devices()))
-            self.obey(torch.set_num_threads)
+        self.connection.send(Ready(available_devices()))
+        self.obey(torch.set_num_threads)
 
     def obey(self, set_num_threads: Callable[[int], None]) -> None:
         """Take what the parent says until it wants an end."""
@@ -207,12 +109,8 @@ class _WorkerSession:
                     self.device = device
                     if num_threads is not None:
                         set_num_threads(num_threads)
-                case Go():
-                    claim = self.study.claim(self.job.worker)
-                    if claim is None:
-                        self.connection.send(NothingLeft())
-                    else:
-                        self.connection.send(self.run(claim))
+                case Claim() as claim:
+                    self.connection.send(self.run(claim))
                 case Stop():
                     return
 
@@ -225,45 +123,32 @@ class _WorkerSession:
             self.stopping = True
         return self.stopping
 
+    def ask(self, history: list[float]) -> Verdict:
+        """Have the parent record a value and compare it with those of the other trials."""
+        try:
+            self.connection.send(Reported(history))
+            while not isinstance(answer := self.connection.recv(), Verdict):
+                self.stopping |= isinstance(answer, Stop)
+        except (EOFError, OSError):  # the parent is gone
+            self.stopping = True
+            return Verdict()
+        return answer
+
     def run(self, claim: Claim) -> Ended:
-        """Run one trial to its end and record it."""
+        """Run one trial to its end."""
         started = time.perf_counter()
         trial = _TrialRun(self, claim)
-        with self.beating_heart(claim):
-            try:
-                state, value, error = trial.run()
-            except MnistWandbError as failure:
-                state, value, error = "failed", None, str(failure)
-            except Exception as failure:  # one trial's bug must not end the sweep
-                state, value, error = "failed", None, f"{type(failure).__name__}: {failure}"
-        if trial.lost:
-            state, value, error = "waiting", None, None
-        else:
-            self.study.end(claim, state, value, error)
+        try:
+            state, value, error = trial.run()
+        except MnistWandbError as failure:
+            state, value, error = "failed", None, str(failure)
+        except Exception as failure:  # one trial's bug must not end the sweep
+            state, value, error = "failed", None, f"{type(failure).__name__}: {failure}"
         run_dir = str(trial.folder.path) if trial.folder is not None else None
         seconds = time.perf_counter() - started
-        return Ended(claim.number, claim.parameters, state, value, error, run_dir, seconds)
-
-    @contextlib.contextmanager
-    def beating_heart(self, claim: Claim) -> Iterator[None]:
-        """Tell a shared database that this trial's worker is alive."""
-        if self.study.is_file:
-            yield
-            return
-        ended = threading.Event()
-
-        def beat() -> None:
-            while not ended.wait(HEARTBEAT_SECONDS):
-                with contextlib.suppress(Exception):  # the database may be away for a while
-                    self.study.heartbeat(claim.trial)
-
-        thread = threading.Thread(target=beat, daemon=True)
-        thread.start()
-        try:
-            yield
-        finally:
-            ended.set()
-            thread.join()
+        return Ended(
+            claim.number, claim.parameters, state, value, error, run_dir, seconds, self.stopping
+        )
 
 
 class _TrialRun:
@@ -271,12 +156,11 @@ class _TrialRun:
 
     def __init__(self, session: _WorkerSession, claim: Claim) -> None:
         self.session, self.claim = session, claim
-        self.study, self.job = session.study, session.job
-        self.metric = session.study.metric
+        self.job = session.job
+        self.metric = session.job.sweep.objective
         self.history: dict[int, float] = {}
         self.has_begun = False
-        self.stopped_at: int | None = None
-        self.lost = False  # another machine has this trial now
+        self.verdict = Verdict()
         self.next_message = 0.0
 
     @property
@@ -291,18 +175,16 @@ class _TrialRun:
 
         folder = self._usable_folder()
         summary = folder.read_summary() if folder is not None else None
-        claim = self.claim
-        self._send(Started(claim.number, claim.parameters, claim.run_id, folder is not None))
         if summary is not None and summary["status"] in ("diverged", "failed"):
             return "failed", None, str(summary.get("error"))
         if summary is not None and summary["status"] in ("finished", "early_stopped"):
             return "finished", self._value(summary["metrics"]), None
-        if claim.stopped:
+        if self.claim.stopped:
             return "stopped", None, None
         sweep = self.job.sweep
         if self.job.settings.wandb_project is not None:
             sweep = replace(sweep, project=None)  # as for an agent, the variable wins
-        resolved = resolve_point(sweep, self.job.command, claim.parameters)
+        resolved = resolve_point(sweep, self.job.command, self.claim.parameters)
         config = resolved.config if folder is None else folder.read_config()
         if config.device == "auto":
             config = config.model_copy(update={"device": self.session.device})
@@ -312,7 +194,7 @@ class _TrialRun:
             replace(
                 self.job.settings,
                 runs_dir=self.job.folder,
-                wandb_run_id=claim.run_id,
+                wandb_run_id=self.claim.run_id,
                 sweep_id=self.job.folder.name,
             ),
             preset=resolved.preset,
@@ -322,7 +204,7 @@ class _TrialRun:
             should_stop=self.should_stop,
         )
         if outcome.summary.status == "interrupted":
-            return ("waiting" if self.stopped_at is None else "stopped"), None, None
+            return ("waiting" if self.verdict.band is None else "stopped"), None, None
         return "finished", self._value(outcome.summary.metrics), None
 
     def _usable_folder(self) -> RunFolder | None:
@@ -339,10 +221,18 @@ class _TrialRun:
     def _value(self, metrics: dict[str, float]) -> float:
         if self.metric.name not in metrics:
             raise RunError(f"the run never logged {self.metric.name}")
-        return float(metrics[self.metric.name])
+        value = float(metrics[self.metric.name])
+        if math.isnan(value):
+            raise RunError(f"{self.metric.name} is not a number in the end")
+        return value
 
     def should_stop(self) -> bool:
-        return self.lost or self.stopped_at is not None or self.session.should_stop()
+        return self.has_verdict or self.session.should_stop()
+
+    @property
+    def has_verdict(self) -> bool:
+        """Whether the trial has to end before its last epoch."""
+        return self.verdict != Verdict()
 
     def on_event(self, event: Any) -> None:
         """Take one event of training: progress for people, values for hyperband."""
@@ -372,17 +262,8 @@ class _TrialRun:
 
     def _compare(self) -> None:
         """Hyperband: stop where the others were better at the same point."""
-        hyperband = self.job.sweep.hyperband
-        if hyperband is None or self.lost:
-            return
-        history = [value for _, value in sorted(self.history.items())]
-        if not self.study.report(self.claim, len(history) - 1, history[-1]):
-            self.lost = True
-            return
-        others = self.study.other_histories(self.claim)
-        self.stopped_at = hyperband.stopping_band(history, others, maximize=self.metric.maximize)
-        if self.stopped_at is not None:
-            self.study.mark_stopped(self.claim)
+        if self.job.sweep.hyperband is not None and not self.has_verdict:
+            self.verdict = self.session.ask([value for _, value in sorted(self.history.items())])
 
     def _send(self, message: Any) -> None:
         with contextlib.suppress(OSError):  # the parent is gone: should_stop sees it

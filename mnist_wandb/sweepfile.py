@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from mnist_wandb.config import DEFAULT_METRIC
 from mnist_wandb.distributions import (
     ALIASES,
     EDGE,
@@ -147,6 +148,11 @@ class SweepFile:
     project: str | None
     entity: str | None
     digest: str
+
+    @property
+    def objective(self) -> Metric:
+        """What trials are listed by; accuracy on validation where the file names no metric."""
+        return self.metric or Metric(DEFAULT_METRIC, "maximize")
 
     @functools.cached_property
     def grid_columns(self) -> list[list[Any]]:

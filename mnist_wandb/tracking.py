@@ -93,11 +93,12 @@ def silence_client() -> None:
     wandb.setup(settings=wandb.Settings(silent=True))
 
 
-def remember_packages() -> None:
-    """Let the client look for installed packages once a process, not with each run: 0.1 s."""
+def find_packages() -> None:
+    """Let the client look for installed packages now, not again with each run: 0.1 s."""
     find = getattr(wandb.util, "working_set", None)  # private; without it, it only takes longer
     if find is not None and not hasattr(find, "cache_info"):
         wandb.util.working_set = functools.cache(lambda: tuple(find()))
+        wandb.util.working_set()
 
 
 def client_settings(
@@ -376,7 +377,7 @@ def _init(
 ) -> wandb.Run:
     keep_wandb_files_in(folder.path / "wandb")
     silence_client()
-    remember_packages()
+    find_packages()
     recorded = folder.read_environment()  # a run goes on where it has begun
     # Offline, each session's record holds the whole run, so that one upload is enough.
     may_be_there = settings.wandb_run_id is not None or folder.metrics_path.exists()

@@ -12,7 +12,8 @@ import pytest
 from filelock import FileLock
 
 from mnist_wandb.errors import SweepError
-from mnist_wandb.study import MOST_DEATHS, SweepStudy, Worker, lock_path
+from mnist_wandb.study import MOST_DEATHS, SweepStudy
+from mnist_wandb.sweep_messages import Worker, lock_path
 from mnist_wandb.sweepfile import SweepFile, load_sweep
 
 HEAD = "metric: {name: val/accuracy, goal: maximize}\n"

@@ -283,6 +283,22 @@ def test_workers_start_though_the_process_that_they_wait_for_is_killed(
     assert numbers(Path(outcome["folder"])) == undisturbed["numbers"]
 
 
+def test_trials_are_saved_where_the_database_is_lost(undisturbed: dict[str, Any]) -> None:
+    Path("mine.yaml").write_text(SWEEP)
+    process = start("--workers=1", "--json")
+    run = wait_until(run_under_way)
+    (database,) = Path("runs").glob("killed-*/sweep.db")
+    kept = database.read_bytes()
+    database.write_bytes(b"?" * len(kept))
+    _, err = process.communicate()
+    assert process.returncode == 2
+    assert err.splitlines()[-1].startswith("error: --storage sqlite:")
+    assert json.loads((run / "summary.json").read_text())["status"] == "interrupted"
+    database.write_bytes(kept)
+    outcome, _ = finish(start("--workers=1", "--json"))
+    assert numbers(Path(outcome["folder"])) == undisturbed["numbers"]
+
+
 @pytest.mark.slow
 def test_a_worker_that_is_told_to_end_by_others_is_replaced(undisturbed: dict[str, Any]) -> None:
     Path("mine.yaml").write_text(SWEEP)

@@ -19,7 +19,8 @@ import psycopg
 import pytest
 from filelock import FileLock
 
-from mnist_wandb.study import GRACE_SECONDS, SweepStudy, Worker, lock_path
+from mnist_wandb.study import GRACE_SECONDS, SweepStudy
+from mnist_wandb.sweep_messages import Worker, lock_path
 from mnist_wandb.sweepfile import load_sweep
 
 pytestmark = pytest.mark.slow
@@ -124,7 +125,7 @@ def test_a_trial_of_a_lost_machine_is_taken_over(address: str) -> None:
     assert (mine.number, there.claim(Worker("there", "b", "p"))) == (1, None)
     end = time.monotonic() + GRACE_SECONDS + 5
     while time.monotonic() < end:
-        there.heartbeat(mine.trial)
+        there.heartbeat(mine)
         time.sleep(1)
     taken = there.claim(Worker("there", "b", "p"))
     assert taken is not None
