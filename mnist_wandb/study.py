@@ -35,9 +35,9 @@ from mnist_wandb.sweep_messages import Claim, Worker, lock_path
 from mnist_wandb.sweepfile import Parameter, SweepFile
 
 HEARTBEAT_SECONDS = 5
-"""How often a worker tells a shared database that it is alive."""
+"""How often a parent tells a shared database that its trials are in hands."""
 GRACE_SECONDS = 30
-"""Silence after which a worker on another machine counts as dead."""
+"""Silence after which another machine counts as dead."""
 MOST_DEATHS = 3
 """A trial that has killed so many workers (out of memory, say) is given up."""
 LOCK_SECONDS = 600
@@ -80,7 +80,7 @@ def sweep_folder(sweep: SweepFile, runs_dir: Path) -> Path:
 
 
 class SweepStudy:
-    """A sweep in its database; each process opens its own.
+    """A sweep in its database; each parent of workers opens its own.
 
     Raises (any method):
         SweepError: the database cannot be reached.
@@ -331,13 +331,13 @@ class SweepStudy:
         self.storage.set_trial_state_values(trial_id, TrialState.WAITING)
 
     def heartbeat(self, claim: Claim) -> None:
-        """Tell a shared database that a trial's worker is alive."""
+        """Tell a shared database that a trial is in hands."""
         if not self.is_file:
             with self._telling_errors():
                 self.storage.record_heartbeat(claim.trial_id)
 
     def report(self, claim: Claim, iteration: int, value: float) -> bool:
-        """Record a value of the metric; False where the trial is not this worker's any more."""
+        """Record a value of the metric; False where the trial is not this parent's any more."""
         with self._telling_errors():
             try:
                 # A resumed run reports some again; `Trial.report` would warn of that.
@@ -356,10 +356,14 @@ class SweepStudy:
             if trial._trial_id != claim.trial_id and not _is_superseded(trial, trials)
         ]
 
-    def mark_stopped(self, claim: Claim) -> None:
-        """Remember that hyperband stops a trial, whatever happens to its worker."""
+    def mark_stopped(self, claim: Claim) -> bool:
+        """Remember that hyperband stops a trial; False where it is not this parent's any more."""
         with self._telling_errors():
-            self.storage.set_trial_user_attr(claim.trial_id, "stopped", True)
+            try:
+                self.storage.set_trial_user_attr(claim.trial_id, "stopped", True)
+            except optuna.exceptions.UpdateFinishedTrialError:
+                return False
+        return True
 
     def end(
         self, claim: Claim, state: str, value: float | None = None, error: str | None = None
@@ -491,5 +495,5 @@ def _address(storage: str) -> sqlalchemy.URL:
 
 def _engine_arguments(address: sqlalchemy.URL) -> dict[str, Any]:
     if address.get_backend_name() == "sqlite":
-        return {"connect_args": {"timeout": LOCK_SECONDS}}  # wait for other workers' writes
+        return {"connect_args": {"timeout": LOCK_SECONDS}}  # wait for other parents' writes
     return {"pool_pre_ping": True, "connect_args": {"connect_timeout": 10}}

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import secrets
+import threading
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -208,7 +210,6 @@ class _Crew:
         self.read_records()
         self.num_begun = self.num_ended = 0
         self.failures_in_a_row = self.broken_starts = self.deaths_in_a_row = 0
-        self.next_beat = 0.0
         self.reason = ""
         self.failed = False
 
@@ -236,12 +237,23 @@ class _Crew:
         self.show(self.progress(), None)  # the first worker waits for the imports
         for _ in range(max(1, min(first, self.most_useful() or first))):
             self.start_worker()
-        interrupted = False
+        with self.beating_hearts():
+            interrupted = self.serve()
+        self.read_records()
+        status = "interrupted" if interrupted else "failed" if self.failed else "finished"
+        return SweepOutcome(status, self.reason, self.job.folder, self.records, self.num_ended)
+
+    def serve(self) -> bool:
+        """Do what workers ask for while there are any; returns whether a stop was asked for."""
+        deadline = math.inf
         while self.workers:
-            if not interrupted and self.should_stop():
-                interrupted = True
-                self.reason = "stopped"
+            wants_stop = self.should_stop()  # each time: a second Ctrl-C is heard
+            if wants_stop and deadline == math.inf:
+                deadline = time.monotonic() + STOP_SECONDS
                 self.stop_workers()
+            if time.monotonic() >= deadline:
+                for worker in self.workers:
+                    worker.process.kill()
             busy = {w.connection: w for w in self.workers}
             sentinels = {w.process.sentinel: w for w in self.workers}
             ready = wait([*busy, *sentinels], timeout=POLL_SECONDS)
@@ -251,28 +263,37 @@ class _Crew:
             for source in ready:
                 if source in sentinels:
                     self.bury(sentinels[source])
-            self.beat()
             if time.monotonic() >= self.next_reading:
                 self.read_records()
             if self.workers:
                 self.show(self.progress(), None)
-        self.read_records()
-        status = "interrupted" if interrupted else "failed" if self.failed else "finished"
-        return SweepOutcome(status, self.reason, self.job.folder, self.records, self.num_ended)
+        return deadline < math.inf
 
     def read_records(self) -> None:
         """Ask the database how the trials stand."""
         self.records = self.study.records()
         self.next_reading = time.monotonic() + READING_SECONDS
 
-    def beat(self) -> None:
-        """Tell a shared database, now and then, that the trials are in hands."""
-        if time.monotonic() < self.next_beat:
-            return
-        self.next_beat = time.monotonic() + HEARTBEAT_SECONDS
-        for worker in self.workers:
-            if worker.claim is not None:
-                self.study.heartbeat(worker.claim)
+    @contextlib.contextmanager
+    def beating_hearts(self) -> Iterator[None]:
+        """Tell a shared database, every few seconds, that the trials are in hands."""
+        ended = threading.Event()
+
+        def beat() -> None:
+            while not ended.wait(HEARTBEAT_SECONDS):
+                for worker in list(self.workers):
+                    # Where the database is away, the next question to it tells.
+                    with contextlib.suppress(SweepError):
+                        if (claim := worker.claim) is not None:
+                            self.study.heartbeat(claim)
+
+        thread = threading.Thread(target=beat, daemon=True)
+        if not self.study.is_file:
+            thread.start()
+        try:
+            yield
+        finally:
+            ended.set()
 
     # ── Processes.
 
@@ -283,7 +304,7 @@ class _Crew:
             worker = Worker(
                 self.job.worker.place, f"worker-{secrets.token_hex(4)}", self.job.worker.parent
             )
-            job = WorkerJob(**{**vars(self.job), "worker": worker})
+            job = replace(self.job, worker=worker)
             process = self.context.Process(target=work, args=(theirs, job), daemon=True)
             try:
                 process.start()
@@ -309,6 +330,8 @@ class _Crew:
         self.workers.remove(worker)
         worker.connection.close()
         worker.process.join()
+        if self.reason and worker.claim is not None and not self.study.is_alive(worker.who.name):
+            self.study.end(worker.claim, "waiting")  # nobody starts it again here
         if self.reason or worker.is_dismissed:
             return
         code = worker.process.exitcode
@@ -325,19 +348,11 @@ class _Crew:
         self.start_worker()
 
     def stop_workers(self) -> None:
-        """Tell all to save and to end; kill those that take too long."""
-        deadline = time.monotonic() + STOP_SECONDS
+        """Tell all to save and to end."""
+        self.reason = "stopped"
         for worker in self.workers:
             self.tell(worker, Stop())
             if not worker.is_ready:  # it has nothing to save
-                worker.process.kill()
-        for worker in self.workers:
-            while worker.process.is_alive() and time.monotonic() < deadline:
-                self.listen(worker)
-                self.beat()
-                self.should_stop()  # a second Ctrl-C is heard
-                worker.process.join(POLL_SECONDS)
-            if worker.process.is_alive():
                 worker.process.kill()
 
     def tell(self, worker: WorkerState, message: Any) -> None:
@@ -398,6 +413,8 @@ class _Crew:
     def send_on(self, worker: WorkerState) -> None:
         """Give a worker the next trial, or end it where there is none, or enough have been run."""
         worker.claim = worker.progress = None
+        if not worker.process.is_alive():
+            return  # the trial would be taken for one that has killed it
         enough = self.options.count is not None and self.num_begun >= self.options.count
         if not self.reason and not enough:
             worker.claim = self.study.claim(worker.who)
@@ -414,11 +431,12 @@ class _Crew:
         assert hyperband is not None
         if not self.study.report(claim, len(history) - 1, history[-1]):
             return Verdict(lost=True)
+        if not any(band < len(history) for band in hyperband.bands):
+            return Verdict()  # before all trials are read
         others = self.study.other_histories(claim)
         band = hyperband.stopping_band(history, others, maximize=self.study.metric.maximize)
-        if band is not None:
-            self.study.mark_stopped(claim)
-        return Verdict(band)
+        lost = band is not None and not self.study.mark_stopped(claim)
+        return Verdict(band, lost)
 
     def account(self, worker: WorkerState, ended: Ended) -> None:
         """Record a trial that has ended, and give its worker the next one."""
@@ -436,6 +454,7 @@ class _Crew:
             self.reason = f"{self.failures_in_a_row} trials in a row failed"
         if ended.is_last:
             worker.claim = None
+            self.tell(worker, Stop())
         else:
             self.send_on(worker)  # before the screen is drawn
         self.show(self.progress(), ended)

@@ -140,7 +140,7 @@ class Ended:
         error: why it failed.
         run_dir: its run folder, if there is one.
         seconds: how long it took here.
-        is_last: the worker ends now, too.
+        is_last: the worker has to be told to end now.
     """
 
     number: int

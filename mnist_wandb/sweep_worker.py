@@ -102,8 +102,11 @@ class _WorkerSession:
         self.obey(torch.set_num_threads)
 
     def obey(self, set_num_threads: Callable[[int], None]) -> None:
-        """Take what the parent says until it wants an end."""
-        while not self.stopping:
+        """Take what the parent says until it wants an end.
+
+        Not before: a worker that is gone, and its lock with it, is taken for one that has died.
+        """
+        while True:
             match self.connection.recv():
                 case Begin(device, num_threads):
                     self.device = device
@@ -139,7 +142,7 @@ class _WorkerSession:
         started = time.perf_counter()
         trial = _TrialRun(self, claim)
         try:
-            state, value, error = trial.run()
+            state, value, error = ("waiting", None, None) if self.stopping else trial.run()
         except MnistWandbError as failure:
             state, value, error = "failed", None, str(failure)
         except Exception as failure:  # one trial's bug must not end the sweep
@@ -204,7 +207,8 @@ class _TrialRun:
             should_stop=self.should_stop,
         )
         if outcome.summary.status == "interrupted":
-            return ("waiting" if self.verdict.band is None else "stopped"), None, None
+            stopped = self.verdict.band is not None and not self.verdict.lost
+            return ("stopped" if stopped else "waiting"), None, None
         return "finished", self._value(outcome.summary.metrics), None
 
     def _usable_folder(self) -> RunFolder | None:

@@ -209,7 +209,7 @@ def test_what_hyperband_has_stopped_stays_stopped(me: Worker) -> None:
     claim = study.claim(Worker("here", "dead", "dead-parent"))
     assert claim is not None
     assert study.report(claim, 0, 0.5)
-    study.mark_stopped(claim)
+    assert study.mark_stopped(claim)
     again = study.claim(me)
     assert again is not None
     assert again.stopped
@@ -223,6 +223,7 @@ def test_a_worker_that_was_given_up_cannot_report(me: Worker) -> None:
     assert claim is not None
     study.study.tell(0, state=optuna.trial.TrialState.FAIL)
     assert not study.report(claim, 0, 0.5)
+    assert not study.mark_stopped(claim)
     study.end(claim, "finished", 0.5)
     assert study.records()[0].state == "failed"
 

@@ -283,6 +283,42 @@ def test_workers_start_though_the_process_that_they_wait_for_is_killed(
     assert numbers(Path(outcome["folder"])) == undisturbed["numbers"]
 
 
+def statuses() -> list[str]:
+    """How the runs have ended so far."""
+    paths = Path("runs").glob("killed-*/*/summary.json")
+    return [json.loads(path.read_text())["status"] for path in paths]
+
+
+def test_a_trial_is_put_back_before_another_worker_can_take_it(undisturbed: dict[str, Any]) -> None:
+    Path("mine.yaml").write_text(SWEEP)
+    process = start("--workers=2", "--json")
+    wait_until(run_under_way)
+    os.kill(process.pid, signal.SIGSTOP)  # a parent that is slow to hear what has happened
+    os.kill(workers_of(process)[1], signal.SIGTERM)
+    wait_until(lambda: sorted(statuses()) == ["finished", "interrupted"])
+    time.sleep(1)  # until both have said so
+    os.kill(process.pid, signal.SIGCONT)
+    outcome, err = finish(process)
+    assert "put back" in err
+    assert "another process" not in err
+    assert outcome["counts"] == undisturbed["outcome"]["counts"]
+    assert numbers(Path(outcome["folder"])) == undisturbed["numbers"]
+
+
+def test_a_worker_that_died_after_its_trial_is_given_no_other(undisturbed: dict[str, Any]) -> None:
+    Path("mine.yaml").write_text(SWEEP)
+    process = start("--workers=1", "--json")
+    wait_until(run_under_way)
+    os.kill(process.pid, signal.SIGSTOP)
+    wait_until(lambda: statuses() == ["finished"])
+    time.sleep(1)  # until it has said so
+    os.kill(workers_of(process)[0], signal.SIGKILL)
+    os.kill(process.pid, signal.SIGCONT)
+    outcome, err = finish(process)
+    assert "its worker ended" not in err
+    assert numbers(Path(outcome["folder"])) == undisturbed["numbers"]
+
+
 def test_trials_are_saved_where_the_database_is_lost(undisturbed: dict[str, Any]) -> None:
     Path("mine.yaml").write_text(SWEEP)
     process = start("--workers=1", "--json")
@@ -290,7 +326,7 @@ def test_trials_are_saved_where_the_database_is_lost(undisturbed: dict[str, Any]
     (database,) = Path("runs").glob("killed-*/sweep.db")
     kept = database.read_bytes()
     database.write_bytes(b"?" * len(kept))
-    _, err = process.communicate()
+    _, err = process.communicate(timeout=240)
     assert process.returncode == 2
     assert err.splitlines()[-1].startswith("error: --storage sqlite:")
     assert json.loads((run / "summary.json").read_text())["status"] == "interrupted"
@@ -484,14 +520,13 @@ def test_a_worker_that_cannot_start_ends_the_sweep(monkeypatch: pytest.MonkeyPat
 
 
 def test_the_live_table_shows_workers_and_what_they_do(terminal: Terminal) -> None:
-    Path("mine.yaml").write_text(f"method: grid\n{FAST}parameters: {{seed: {{values: [0, 1]}}}}\n")
+    Path("mine.yaml").write_text(f"method: grid\n{FAST}parameters: {{seed: {{min: 0, max: 9}}}}\n")
     child = terminal("sweep", "run", "mine.yaml", "--workers", "1")
-    child.expect("mine: 0/2")
+    child.expect("mine: 0/10")
     child.expect("starting")
     child.expect(r"trial 0 +finished +0\.\d{4}")
     child.expect("about .* left")
-    child.expect(r"trial 1 +finished +0\.\d{4}")
-    child.expect("mine: grid, 2 points; 2 finished")
+    child.expect("mine: grid, 10 points; 10 finished")
     child.expect(pexpect.EOF)
     child.close()
     assert child.exitstatus == 0
