@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -220,11 +221,14 @@ def current_switches() -> tuple[bool, bool]:
 def test_deterministic_mode_puts_the_global_switches_back(
     enabled: bool, before: tuple[bool, bool]
 ) -> None:
+    memory: Any = torch.utils.deterministic
     torch.use_deterministic_algorithms(before[0])
     torch.backends.cudnn.benchmark = before[1]
     with deterministic_mode(enabled):
         assert current_switches() == (enabled, not enabled)
+        assert not memory.fill_uninitialized_memory
     assert current_switches() == before
+    assert memory.fill_uninitialized_memory
     with pytest.raises(KeyError), deterministic_mode(enabled):
         raise KeyError
     assert current_switches() == before
