@@ -71,13 +71,13 @@ def time_tutorial(net: str, steps: int) -> float:
     model.train()
     done, started = -WARM_UP_STEPS, 0.0
     for images, labels in loader:
-        if done == 0:
-            started = time.perf_counter()
         optimizer.zero_grad()
         loss = criterion(model(images), labels)
         loss.backward()
         optimizer.step()
         done += 1
+        if done == 0:
+            started = time.perf_counter()
         if done == min(steps, TUTORIAL_STEPS):
             break
     return done * BATCH_SIZE / (time.perf_counter() - started)

@@ -368,7 +368,7 @@ class SweepStudy:
     def end(
         self, claim: Claim, state: str, value: float | None = None, error: str | None = None
     ) -> None:
-        """Record how a trial ended: finished (with a value) | stopped | failed | waiting."""
+        """Record how a trial ended: finished (with a value) | stopped | failed."""
         trial_id = claim.trial_id
         # Optuna's `tell` would read the trial three times around the same write.
         with (
@@ -379,8 +379,6 @@ class SweepStudy:
             if error is not None:
                 self.storage.set_trial_user_attr(trial_id, "error", error[:2000])
             match state:
-                case "waiting":
-                    self._put_back(trial_id)
                 case "finished":
                     assert value is not None
                     self.storage.set_trial_state_values(trial_id, TrialState.COMPLETE, [value])
@@ -390,6 +388,16 @@ class SweepStudy:
                     self.storage.set_trial_state_values(trial_id, TrialState.PRUNED, values)
                 case "failed":
                     self.storage.set_trial_state_values(trial_id, TrialState.FAIL)
+
+    def put_back(self, claim: Claim, worker: Worker) -> None:
+        """Let others take a trial that a worker has not ended, unless somebody has it already."""
+        with self._telling_errors(), self.lock():
+            trial = self.storage.get_trial(claim.trial_id)
+            if (
+                trial.state == TrialState.RUNNING
+                and trial.user_attrs["worker"]["name"] == worker.name
+            ):
+                self._put_back(claim.trial_id)
 
     def records(self) -> list[TrialRecord]:
         """All points so far, by number."""

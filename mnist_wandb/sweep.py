@@ -8,7 +8,7 @@ import os
 import secrets
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
@@ -212,8 +212,11 @@ class _Crew:
         self.failures_in_a_row = self.broken_starts = self.deaths_in_a_row = 0
         self.reason = ""
         self.failed = False
+        self.has_ended = threading.Event()
 
     def __enter__(self) -> _Crew:
+        if not self.study.is_file:
+            threading.Thread(target=self.keep_beating, daemon=True).start()
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -227,6 +230,7 @@ class _Crew:
             worker.process.kill()
         for worker in self.workers:
             worker.process.join()
+        self.has_ended.set()
 
     def run(self) -> SweepOutcome:
         """Keep workers working until nothing is left to do."""
@@ -237,8 +241,7 @@ class _Crew:
         self.show(self.progress(), None)  # the first worker waits for the imports
         for _ in range(max(1, min(first, self.most_useful() or first))):
             self.start_worker()
-        with self.beating_hearts():
-            interrupted = self.serve()
+        interrupted = self.serve()
         self.read_records()
         status = "interrupted" if interrupted else "failed" if self.failed else "finished"
         return SweepOutcome(status, self.reason, self.job.folder, self.records, self.num_ended)
@@ -247,8 +250,7 @@ class _Crew:
         """Do what workers ask for while there are any; returns whether a stop was asked for."""
         deadline = math.inf
         while self.workers:
-            wants_stop = self.should_stop()  # each time: a second Ctrl-C is heard
-            if wants_stop and deadline == math.inf:
+            if deadline == math.inf and self.should_stop():
                 deadline = time.monotonic() + STOP_SECONDS
                 self.stop_workers()
             if time.monotonic() >= deadline:
@@ -274,26 +276,18 @@ class _Crew:
         self.records = self.study.records()
         self.next_reading = time.monotonic() + READING_SECONDS
 
-    @contextlib.contextmanager
-    def beating_hearts(self) -> Iterator[None]:
-        """Tell a shared database, every few seconds, that the trials are in hands."""
-        ended = threading.Event()
+    def beat(self) -> None:
+        """Tell a shared database that the trials are in hands."""
+        for worker in list(self.workers):
+            if (claim := worker.claim) is not None:
+                self.study.heartbeat(claim)
 
-        def beat() -> None:
-            while not ended.wait(HEARTBEAT_SECONDS):
-                for worker in list(self.workers):
-                    # Where the database is away, the next question to it tells.
-                    with contextlib.suppress(SweepError):
-                        if (claim := worker.claim) is not None:
-                            self.study.heartbeat(claim)
-
-        thread = threading.Thread(target=beat, daemon=True)
-        if not self.study.is_file:
-            thread.start()
-        try:
-            yield
-        finally:
-            ended.set()
+    def keep_beating(self) -> None:
+        """Do so every few seconds; in a thread of its own."""
+        while not self.has_ended.wait(HEARTBEAT_SECONDS):
+            # Where the database is away, the next question to it tells.
+            with contextlib.suppress(Exception):
+                self.beat()
 
     # ── Processes.
 
@@ -312,6 +306,8 @@ class _Crew:
                 ours.close()
                 time.sleep(POLL_SECONDS)  # until that is noticed, and another one is started
                 continue
+            except OSError as error:
+                raise SweepError(f"no worker can be started: {error}") from None
             finally:
                 theirs.close()  # else its end would never be seen here
             taken = {worker.index for worker in self.workers}
@@ -322,21 +318,21 @@ class _Crew:
 
     def bury(self, worker: WorkerState) -> None:
         """A worker process has ended: start another where there is work left."""
-        with contextlib.suppress(EOFError, OSError):
-            while worker.connection.poll():
-                self.take(worker, worker.connection.recv())
-        if worker not in self.workers:
-            return
+        self.listen(worker)
         self.workers.remove(worker)
-        worker.connection.close()
+        lives = self.study.is_alive(worker.who.name)  # what it was forked from has been killed
+        worker.connection.close()  # which it takes for the end of this process
         worker.process.join()
-        if self.reason and worker.claim is not None and not self.study.is_alive(worker.who.name):
-            self.study.end(worker.claim, "waiting")  # nobody starts it again here
+        deadline = time.monotonic() + STOP_SECONDS
+        while self.study.is_alive(worker.who.name) and time.monotonic() < deadline:
+            time.sleep(POLL_SECONDS)  # until it has saved
+        if (self.reason or lives) and worker.claim is not None:
+            self.study.put_back(worker.claim, worker.who)
         if self.reason or worker.is_dismissed:
             return
         code = worker.process.exitcode
         self.broken_starts = 0 if worker.is_ready else self.broken_starts + 1
-        self.deaths_in_a_row += 1
+        self.deaths_in_a_row += not lives
         if self.broken_starts >= MOST_BROKEN_STARTS:
             raise SweepError(f"worker processes end before they have begun (exit code {code})")
         if self.deaths_in_a_row >= MOST_DEATHS_IN_A_ROW:
@@ -367,9 +363,14 @@ class _Crew:
 
     def listen(self, worker: WorkerState) -> None:
         """Take all messages of a worker."""
-        with contextlib.suppress(EOFError, OSError):
-            while worker in self.workers and worker.connection.poll():
-                self.take(worker, worker.connection.recv())
+        while True:
+            try:
+                message = worker.connection.recv() if worker.connection.poll() else None
+            except (EOFError, OSError):
+                return
+            if message is None:
+                return
+            self.take(worker, message)
 
     # ── Messages.
 
@@ -417,6 +418,7 @@ class _Crew:
             return  # the trial would be taken for one that has killed it
         enough = self.options.count is not None and self.num_begun >= self.options.count
         if not self.reason and not enough:
+            self.beat()  # after a suspend, say, that the others' trials do not count as lost
             worker.claim = self.study.claim(worker.who)
         if worker.claim is None:
             self.dismiss(worker)
@@ -441,7 +443,10 @@ class _Crew:
     def account(self, worker: WorkerState, ended: Ended) -> None:
         """Record a trial that has ended, and give its worker the next one."""
         assert worker.claim is not None
-        self.study.end(worker.claim, ended.state, ended.value, ended.error)
+        if ended.state == "waiting":
+            self.study.put_back(worker.claim, worker.who)
+        else:
+            self.study.end(worker.claim, ended.state, ended.value, ended.error)
         self.deaths_in_a_row = 0
         if ended.state == "waiting":
             self.num_begun -= 1

@@ -100,7 +100,7 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Stop:
-    """Save the trial under way, hand it back and end."""
+    """Save the trial under way and hand it back; between two trials: end."""
 
 
 # ── from a worker ────────────────────────────────────────────────────────────────────────────

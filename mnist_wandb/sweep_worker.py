@@ -42,7 +42,7 @@ PROGRESS_SECONDS = 0.2
 
 
 def work(connection: Connection, job: WorkerJob) -> None:
-    """Run trials as told until the pipe ends; the target of a worker process."""
+    """Run trials as told, to a `Stop` or the pipe's end; the target of a worker process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears Ctrl-C and tells us
     exit_after_parent()
     # Whoever can take this lock knows that we are gone, however we went.

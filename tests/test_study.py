@@ -183,11 +183,16 @@ def test_a_trial_that_was_put_back_comes_next(me: Worker) -> None:
     first, second = study.claim(me), study.claim(me)
     assert first is not None
     assert second is not None
-    study.end(first, "waiting")
+    study.put_back(first, Worker("here", "another", me.parent))
+    assert [r.state for r in study.records()] == ["running", "running"]
+    study.put_back(first, me)
     assert [r.state for r in study.records()] == ["waiting", "running"]
     again = study.claim(me)
     assert again is not None
     assert (again.number, again.run_id) == (0, first.run_id)
+    study.end(again, "finished", 0.5)
+    study.put_back(again, me)
+    assert [r.state for r in study.records()] == ["finished", "running"]
 
 
 def test_a_kill_while_a_trial_is_made_costs_no_point(me: Worker) -> None:
