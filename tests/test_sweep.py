@@ -262,11 +262,13 @@ def test_a_killed_process_that_workers_are_forked_from_is_replaced(
     undisturbed: dict[str, Any],
 ) -> None:
     Path("mine.yaml").write_text(SWEEP)
-    process = start("--workers=1", "--json")
+    process = start("--workers=2", "--json")
     wait_until(run_under_way)
     os.kill(template_of(process)[0], signal.SIGKILL)
     outcome, err = finish(process)
     assert "its worker ended" in err
+    assert "another process" not in err
+    assert outcome["counts"] == undisturbed["outcome"]["counts"]
     assert numbers(Path(outcome["folder"])) == undisturbed["numbers"]
 
 
