@@ -42,6 +42,10 @@ class Hyperband:
         kept = sorted({int(band) for band in bands if 1 <= band < 1e15})
         return cls(tuple(kept), eta, bool(fields.get("strict", False)))
 
+    def last_band(self, num_values: int) -> int | None:
+        """The last band that a run with so many logged values has reached, or None."""
+        return max((band for band in self.bands if band < num_values), default=None)
+
     def stopping_band(
         self, history: Sequence[float], others: Sequence[Sequence[float]], *, maximize: bool
     ) -> int | None:
@@ -52,10 +56,9 @@ class Hyperband:
             others: the same of all other runs of the sweep, ended or not.
             maximize: whether larger values are better.
         """
-        reached = [band for band in self.bands if band < len(history)]
-        if not reached:
+        band, sign = self.last_band(len(history)), -1 if maximize else 1
+        if band is None:
             return None
-        band, sign = reached[-1], -1 if maximize else 1
         values = sorted(sign * h[band] for h in (history, *others) if len(h) > band)
         threshold = values[int(1 / self.eta * len(values))]
         own = sign * history[band] if self.strict else min(sign * value for value in history)

@@ -304,16 +304,14 @@ class SweepStudy:
         for trial in trials:
             if trial.state != TrialState.RUNNING:
                 continue
-            worker = trial.user_attrs.get("worker")
             if "point" not in trial.user_attrs:  # its worker died while it was made
                 self.study.tell(trial.number, state=TrialState.FAIL)
-            elif worker is None:
-                self._put_back(trial._trial_id)
-            elif worker["place"] == place and not self.is_alive(worker["name"]):
-                self._count_death(trial, blame=self.is_alive(worker["parent"]))
-            else:
+                released = True
                 continue
-            released = True
+            worker = trial.user_attrs["worker"]
+            if worker["place"] == place and not self.is_alive(worker["name"]):
+                self._count_death(trial, blame=self.is_alive(worker["parent"]))
+                released = True
         return self.study.get_trials(deepcopy=False) if released else trials
 
     def _count_death(self, trial: FrozenTrial, *, blame: bool) -> None:

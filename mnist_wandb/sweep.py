@@ -324,9 +324,9 @@ class _Crew:
         worker.connection.close()  # which it takes for the end of this process
         worker.process.join()
         deadline = time.monotonic() + STOP_SECONDS
-        while self.study.is_alive(worker.who.name) and time.monotonic() < deadline:
-            time.sleep(POLL_SECONDS)  # until it has saved
-        if (self.reason or lives) and worker.claim is not None:
+        while (is_saving := self.study.is_alive(worker.who.name)) and time.monotonic() < deadline:
+            time.sleep(POLL_SECONDS)
+        if (self.reason or lives) and not is_saving and worker.claim is not None:
             self.study.put_back(worker.claim, worker.who)
         if self.reason or worker.is_dismissed:
             return
@@ -432,25 +432,23 @@ class _Crew:
         assert claim is not None
         assert hyperband is not None
         if not self.study.report(claim, len(history) - 1, history[-1]):
-            return Verdict(lost=True)
-        if not any(band < len(history) for band in hyperband.bands):
+            return Verdict("waiting")
+        if hyperband.last_band(len(history)) is None:
             return Verdict()  # before all trials are read
         others = self.study.other_histories(claim)
-        band = hyperband.stopping_band(history, others, maximize=self.study.metric.maximize)
-        lost = band is not None and not self.study.mark_stopped(claim)
-        return Verdict(band, lost)
+        if hyperband.stopping_band(history, others, maximize=self.study.metric.maximize) is None:
+            return Verdict()
+        return Verdict("stopped" if self.study.mark_stopped(claim) else "waiting")
 
     def account(self, worker: WorkerState, ended: Ended) -> None:
         """Record a trial that has ended, and give its worker the next one."""
         assert worker.claim is not None
-        if ended.state == "waiting":
-            self.study.put_back(worker.claim, worker.who)
-        else:
-            self.study.end(worker.claim, ended.state, ended.value, ended.error)
         self.deaths_in_a_row = 0
         if ended.state == "waiting":
+            self.study.put_back(worker.claim, worker.who)
             self.num_begun -= 1
         else:
+            self.study.end(worker.claim, ended.state, ended.value, ended.error)
             self.num_ended += 1
             failed = ended.state == "failed"
             self.failures_in_a_row = self.failures_in_a_row + 1 if failed else 0

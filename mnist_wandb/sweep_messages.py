@@ -90,12 +90,11 @@ class Verdict:
     """The answer to `Reported`.
 
     Attributes:
-        band: the band of hyperband at which the trial has to stop, or None.
-        lost: another machine has the trial now.
+        end: None where the trial goes on, else how it ends now: stopped (by hyperband) | waiting
+            (another machine has it).
     """
 
-    band: int | None = None
-    lost: bool = False
+    end: str | None = None
 
 
 @dataclass(frozen=True)
@@ -138,7 +137,6 @@ class Ended:
         state: see above.
         value: of the sweep's metric, where it is finished.
         error: why it failed.
-        run_dir: its run folder, if there is one.
         seconds: how long it took here.
         is_last: the worker has to be told to end now.
     """
@@ -148,7 +146,6 @@ class Ended:
     state: str
     value: float | None
     error: str | None
-    run_dir: str | None
     seconds: float
     is_last: bool
 

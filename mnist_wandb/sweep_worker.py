@@ -147,11 +147,8 @@ class _WorkerSession:
             state, value, error = "failed", None, str(failure)
         except Exception as failure:  # one trial's bug must not end the sweep
             state, value, error = "failed", None, f"{type(failure).__name__}: {failure}"
-        run_dir = str(trial.folder.path) if trial.folder is not None else None
         seconds = time.perf_counter() - started
-        return Ended(
-            claim.number, claim.parameters, state, value, error, run_dir, seconds, self.stopping
-        )
+        return Ended(claim.number, claim.parameters, state, value, error, seconds, self.stopping)
 
 
 class _TrialRun:
@@ -207,8 +204,7 @@ class _TrialRun:
             should_stop=self.should_stop,
         )
         if outcome.summary.status == "interrupted":
-            stopped = self.verdict.band is not None and not self.verdict.lost
-            return ("stopped" if stopped else "waiting"), None, None
+            return self.verdict.end or "waiting", None, None
         return "finished", self._value(outcome.summary.metrics), None
 
     def _usable_folder(self) -> RunFolder | None:
@@ -231,12 +227,7 @@ class _TrialRun:
         return value
 
     def should_stop(self) -> bool:
-        return self.has_verdict or self.session.should_stop()
-
-    @property
-    def has_verdict(self) -> bool:
-        """Whether the trial has to end before its last epoch."""
-        return self.verdict != Verdict()
+        return self.verdict.end is not None or self.session.should_stop()
 
     def on_event(self, event: Any) -> None:
         """Take one event of training: progress for people, values for hyperband."""
@@ -266,7 +257,7 @@ class _TrialRun:
 
     def _compare(self) -> None:
         """Hyperband: stop where the others were better at the same point."""
-        if self.job.sweep.hyperband is not None and not self.has_verdict:
+        if self.job.sweep.hyperband is not None and self.verdict.end is None:
             self.verdict = self.session.ask([value for _, value in sorted(self.history.items())])
 
     def _send(self, message: Any) -> None:
