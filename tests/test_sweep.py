@@ -314,7 +314,10 @@ def test_a_worker_that_died_after_its_trial_is_given_no_other(undisturbed: dict[
     os.kill(process.pid, signal.SIGSTOP)
     wait_until(lambda: statuses() == ["finished"])
     time.sleep(1)  # until it has said so
-    os.kill(workers_of(process)[0], signal.SIGKILL)
+    (worker,) = workers_of(process)
+    os.kill(worker, signal.SIGKILL)
+    wait_until(lambda: not workers_of(process))
+    time.sleep(0.5)  # until its end has been passed on
     os.kill(process.pid, signal.SIGCONT)
     outcome, err = finish(process)
     assert "its worker ended" not in err
