@@ -29,11 +29,12 @@ BUSY_LOAD = 0.2
 """Cores' worth of other work from which on times are not to be trusted."""
 
 
-def describe_machine() -> str:
-    """Processor, cores and versions."""
+def describe_machine(device: str = "cpu") -> str:
+    """Processor, cores and versions, after the GPU where one has computed."""
+    gpu = f"{torch.cuda.get_device_name(device)}; " if device.startswith("cuda") else ""
     return (
-        f"{processor_name()}, {os.cpu_count()} cores, Python {platform.python_version()}, torch"
-        f" {torch.__version__} ({torch.get_num_threads()} threads), wandb {wandb.__version__}"
+        f"{gpu}{processor_name()}, {os.cpu_count()} cores, Python {platform.python_version()},"
+        f" torch {torch.__version__} ({torch.get_num_threads()} threads), wandb {wandb.__version__}"
     )
 
 
@@ -92,8 +93,8 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> Non
         print("| " + " | ".join(map(str, row)) + " |")
 
 
-def print_conditions(repeats: int, others: float) -> None:
+def print_conditions(repeats: int, others: float, device: str = "cpu") -> None:
     """What has to be known beside the figures."""
-    print(f"\n{describe_machine()}; medians of {repeats}; others used {others:.2f} cores")
+    print(f"\n{describe_machine(device)}; medians of {repeats}; others used {others:.2f} cores")
     if others > BUSY_LOAD:
         print("The machine was busy: do not trust these times; repeat them on a quiet one.")

@@ -1,12 +1,12 @@
 """Do seeds train faster together than one after the other? Training steps only, on copied digits.
 
-    uv run python benchmarks/seeds.py [--device cpu] [--seeds 5 10] [--repeats 3] [linear …]
+    uv run python benchmarks/seeds.py [--device cpu] [--precision fp32] [--seeds 5 10] [NET…]
 
-Both sides are the program's own loops (`train` and `train_together`) on the same configuration, in
-fp32, and in turns, so that a drift of the machine meets both alike. A case is `--seconds` of steps
-of one seed (3 to 250 steps, within one epoch). Printed are medians: milliseconds of one step of all
-seeds, and the ratio (above 1: together is faster). The load that other processes put on the machine
-is reported: it makes the times worthless, and the ratios uncertain.
+Both sides are the program's own loops (`train` and `train_together`) on the same configuration and
+in turns, so that a drift of the machine meets both alike. A case is `--seconds` of steps of one
+seed (3 to 250 steps, within one epoch). Printed are medians: milliseconds of one step of all seeds,
+and the ratio (above 1: together is faster). The load that other processes put on the machine is
+reported: it makes the times worthless, and the ratios uncertain.
 """
 
 from __future__ import annotations
@@ -59,12 +59,18 @@ class Watch:
         return True
 
 
-def make_configs(net: str, batch_size: int, seeds: int, device: str) -> list[RunConfig]:
+def make_configs(
+    net: str, batch_size: int, seeds: int, device: str, precision: str
+) -> list[RunConfig]:
     """The quickstart's recipe without augmentation, of one net."""
     overrides = [
         *(f"model.name={net}", f"training.batch_size={batch_size}", f"device={device}"),
         *("data.augment.rotation_degrees=0", "data.augment.translate_pixels=0"),
-        *("data.augment.zoom=0", "training.precision=fp32", "tracking.log_every_steps=1000000"),
+        *(
+            "data.augment.zoom=0",
+            f"training.precision={precision}",
+            "tracking.log_every_steps=1000000",
+        ),
     ]
     return [load_config("quickstart", [*overrides, f"seed={seed}"]) for seed in range(seeds)]
 
@@ -130,6 +136,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("nets", nargs="*", default=NETS)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--precision", default="fp32")
     parser.add_argument("--seeds", type=int, nargs="+", default=[5, 10])
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=BATCH_SIZES)
     parser.add_argument("--repeats", type=int, default=3)
@@ -148,7 +155,7 @@ def main() -> None:
     for net in options.nets:
         for batch_size in options.batch_sizes:
             for seeds in options.seeds:
-                configs = make_configs(net, batch_size, seeds, options.device)
+                configs = make_configs(net, batch_size, seeds, options.device, options.precision)
                 reason = why_apart(configs[0], choose_plan(configs[0]))
                 if reason is not None:
                     raise SystemExit(f"{net}: cannot be trained together: {reason}")

@@ -1,6 +1,6 @@
 """Time to 99 % test accuracy on MNIST: the preset `speedrun`, and a tutorial's loop.
 
-    uv run python benchmarks/time_to_99.py [--seeds 10] [--tutorial]
+    uv run python benchmarks/time_to_99.py [--seeds 10] [--tutorial] [--device cuda]
 
 The preset runs once a seed as a process of its own, tracked offline, from the shell to the prompt;
 "training" is the time of its steps. `--tutorial` adds what a user would write instead: the network
@@ -27,7 +27,7 @@ TARGET = 0.99
 PRESET = "speedrun"
 
 
-def run_tutorial() -> tuple[float, float, int]:
+def run_tutorial(device: str) -> tuple[float, float, int]:
     """Seconds of training, test accuracy and epochs until the target is reached."""
     from torch.utils.data import DataLoader
     from torchvision import datasets, transforms
@@ -39,7 +39,9 @@ def run_tutorial() -> tuple[float, float, int]:
     )
     train = DataLoader(datasets.MNIST(folder, True, transform), batch_size=64, shuffle=True)
     test = DataLoader(datasets.MNIST(folder, False, transform), batch_size=1000)
-    model = build_model(load_config(None, ["model.name=cnn_valid", "model.dropout=0.25"]).model)
+    model = build_model(load_config(None, ["model.name=cnn_valid", "model.dropout=0.25"]).model).to(
+        device
+    )
     optimizer, criterion = torch.optim.Adam(model.parameters()), nn.CrossEntropyLoss()
     seconds, epochs, accuracy = 0.0, 0, 0.0
     while accuracy < TARGET:
@@ -47,13 +49,16 @@ def run_tutorial() -> tuple[float, float, int]:
         model.train()
         for images, labels in train:
             optimizer.zero_grad()
-            criterion(model(images), labels).backward()
+            criterion(model(images.to(device)), labels.to(device)).backward()
             optimizer.step()
         seconds += time.perf_counter() - started
         epochs += 1
         model.eval()
         with torch.no_grad():
-            hits = sum((model(images).argmax(1) == labels).sum().item() for images, labels in test)
+            hits = sum(
+                (model(images.to(device)).argmax(1).cpu() == labels).sum().item()
+                for images, labels in test
+            )
         accuracy = hits / 10_000
     return seconds, accuracy, epochs
 
@@ -63,6 +68,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--tutorial", action="store_true")
+    parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
     data = f"data.dir={load_settings().data_dir.absolute()}"
     training, whole, accuracies = [], [], []
@@ -72,7 +78,7 @@ def main() -> None:
         for seed in range(options.seeds):
             seconds, summary = run_json(
                 "run", "--config", PRESET, f"seed={seed}", data, "tracking.mode=offline",
-                folder=folder,
+                f"device={options.device}", folder=folder,
             )  # fmt: skip
             whole.append(seconds)
             training.append(summary["training_seconds"])
@@ -88,13 +94,13 @@ def main() -> None:
         ]
         if options.tutorial:
             started = time.perf_counter()
-            seconds, accuracy, epochs = run_tutorial()
+            seconds, accuracy, epochs = run_tutorial(options.device)
             name = f"tutorial, {epochs} epochs, once"
             rows.append(
                 (name, f"{accuracy:.4f}", f"{seconds:.1f}", f"{time.perf_counter() - started:.1f}")
             )
     print_table(("", "test accuracy", "training, seconds", "whole process, seconds"), rows)
-    print_conditions(options.seeds, others[0])
+    print_conditions(options.seeds, others[0], options.device)
 
 
 if __name__ == "__main__":

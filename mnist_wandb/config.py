@@ -503,8 +503,8 @@ class TrainingConfig(Section):
         None, gt=0, le=1e6, description="Largest norm of the gradient; null is off."
     )
     early_stopping: EarlyStoppingConfig | None = Field(None, description="Stop early; null is off.")
-    precision: Literal["auto", "fp32", "bf16"] = Field(
-        "auto", description="auto: bf16 on CUDA devices that have it, else fp32."
+    precision: Literal["auto", "fp32", "tf32", "bf16"] = Field(
+        "auto", description="auto: bf16 or tf32, by the net, on CUDA devices with both; else fp32."
     )
     compile: Annotated[Literal[True, False, "auto"], BeforeValidator(_three_way)] = Field(
         "auto", description="torch.compile; auto: only where it pays."

@@ -16,14 +16,16 @@ from typing import Any
 import torch
 import torch.utils.deterministic
 
-from mnist_wandb.config import CnnConfig, ResnetConfig, RunConfig
+from mnist_wandb.config import CnnConfig, ModelConfig, ResnetConfig, RunConfig
 from mnist_wandb.errors import ConfigError
-from mnist_wandb.optim import step_kind
+from mnist_wandb.optim import can_be_recorded, step_kind
 from mnist_wandb.settings import Launch
 
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4
 """Parameters of glibc's `mallopt` (malloc.h; see mallopt(3))."""
 HEAP_STEP_BYTES = 64 * 2**20
+BF16_CHANNELS = 64
+"""Convolutions to so many channels gain more from bf16 than its casts cost (benchmarks)."""
 CPU_LIMIT = Path("/sys/fs/cgroup/cpu.max")
 
 
@@ -34,8 +36,10 @@ class Plan:
     Attributes:
         device: the torch device.
         reason: why this device, in a few words.
-        precision: "fp32" or "bf16" (autocast of the forward pass).
+        precision: "fp32", "tf32" (matrix products and convolutions of a GPU) or "bf16" (autocast of
+            the forward pass).
         compile: whether the model goes through `torch.compile`.
+        cuda_graph: whether steps are recorded as CUDA graphs; see `stepgraph.py`.
         channels_last: whether images and convolution weights lie channels-last in memory.
         optimizer_step: "fused" or "foreach"; see `optim.step_kind`.
         allocator: what happens to memory that torch frees; see `keep_freed_memory`.
@@ -45,6 +49,7 @@ class Plan:
     reason: str
     precision: str
     compile: bool
+    cuda_graph: bool
     channels_last: bool
     optimizer_step: str
     allocator: str
@@ -57,6 +62,7 @@ class Plan:
             "device_name": device_name(self.device),
             "precision": self.precision,
             "compile": self.compile,
+            "cuda_graph": self.cuda_graph,
             "memory_format": "channels_last" if self.channels_last else "contiguous",
             "num_threads": torch.get_num_threads(),
             "optimizer_step": self.optimizer_step,
@@ -82,24 +88,52 @@ def choose_plan(config: RunConfig, launch: Launch | None = None) -> Plan:
     if config.training.deterministic:
         # cuBLAS is deterministic only with a fixed workspace; read when CUDA starts.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    precision = config.training.precision
-    has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    if precision == "auto":
-        precision = "bf16" if has_bf16 else "fp32"
-    elif precision == "bf16" and device.type == "cuda" and not has_bf16:
-        raise ConfigError(
-            f"training.precision: {device_name(device)} has no bf16; use fp32 or auto"
-        )
-    # Compiling takes longer than any preset saves by it on a CPU, so `auto` leaves it off.
+    compiles = config.training.compile is True
     return Plan(
         device=device,
         reason=reason,
-        precision=precision,
-        compile=config.training.compile is True,
+        precision=choose_precision(config, device),
+        # Compiling takes longer than any preset saves by it, so `auto` leaves it off.
+        compile=compiles,
+        cuda_graph=(
+            device.type == "cuda"
+            and launch is None
+            and not compiles
+            and can_be_recorded(config.optimizer)
+        ),
         channels_last=isinstance(config.model, CnnConfig | ResnetConfig) and device.type != "mps",
-        optimizer_step=step_kind(config.optimizer),
+        optimizer_step=step_kind(config.optimizer, device.type),
         allocator=keep_freed_memory(),
     )
+
+
+def choose_precision(config: RunConfig, device: torch.device) -> str:
+    """The precision of a run: as configured, or what is fastest for its net on the device.
+
+    Raises:
+        ConfigError: the device cannot compute in the precision that was asked for.
+    """
+    precision = config.training.precision
+    on_gpu = device.type == "cuda"
+    # NVIDIA's cards have both from the generation Ampere on.
+    has_both = on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
+    if precision == "auto":
+        return _fastest_precision(config.model) if has_both else "fp32"
+    if (precision == "tf32" or (precision == "bf16" and on_gpu)) and not has_both:
+        raise ConfigError(
+            f"training.precision: {device_name(device)} has no {precision}; use fp32 or auto"
+        )
+    return precision
+
+
+def _fastest_precision(model: ModelConfig) -> str:
+    """What is fastest on an H100 (docs/speed.md): bf16 casts weights and images in each step."""
+    widths: tuple[int, ...] = ()
+    if isinstance(model, CnnConfig):
+        widths = tuple(block.channels for block in model.blocks)
+    elif isinstance(model, ResnetConfig):
+        widths = model.widths
+    return "bf16" if max(widths, default=0) >= BF16_CHANNELS else "tf32"
 
 
 @functools.cache
@@ -188,20 +222,33 @@ def device_name(device: torch.device) -> str:
 
 
 @contextmanager
-def deterministic_mode(enabled: bool) -> Iterator[None]:
-    """Use deterministic kernels only, and put torch's global switches back afterwards."""
+def numeric_mode(*, deterministic: bool, precision: str) -> Iterator[None]:
+    """Set how torch computes, and put its global switches back afterwards.
+
+    Args:
+        deterministic: use deterministic kernels only.
+        precision: see `Plan`; unless it is "tf32", float32 on a GPU is full float32, which for
+            convolutions is not torch's default.
+    """
     before = torch.get_deterministic_debug_mode()
-    benchmark = torch.backends.cudnn.benchmark
+    cudnn: Any = torch.backends.cudnn
+    benchmark = cudnn.benchmark
     memory: Any = torch.utils.deterministic
     fills = memory.fill_uninitialized_memory
+    backends: Any = (torch.backends.cuda.matmul, cudnn.conv)
+    formats = [backend.fp32_precision for backend in backends]
     # The same switch as `torch.use_deterministic_algorithms`, which imports the compiler (2 s).
-    torch.set_deterministic_debug_mode("error" if enabled else "default")
-    torch.backends.cudnn.benchmark = not enabled
+    torch.set_deterministic_debug_mode("error" if deterministic else "default")
+    cudnn.benchmark = not deterministic
     # Nothing here reads memory before it is written; to fill each buffer takes up to 8 % of a step.
     memory.fill_uninitialized_memory = False
+    for backend in backends:
+        backend.fp32_precision = "tf32" if precision == "tf32" else "ieee"
     try:
         yield
     finally:
         torch.set_deterministic_debug_mode(before)
-        torch.backends.cudnn.benchmark = benchmark
+        cudnn.benchmark = benchmark
         memory.fill_uninitialized_memory = fills
+        for backend, name in zip(backends, formats, strict=True):
+            backend.fp32_precision = name

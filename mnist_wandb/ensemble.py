@@ -22,10 +22,11 @@ from torch.func import functional_call, stack_module_state, vmap
 from mnist_wandb.augment import is_off
 from mnist_wandb.config import LinearConfig, MlpConfig, RunConfig
 from mnist_wandb.data import Splits, batch_indices
-from mnist_wandb.device import Plan, deterministic_mode
+from mnist_wandb.device import Plan, numeric_mode
 from mnist_wandb.errors import DivergedError
 from mnist_wandb.evaluate import compute_loss
-from mnist_wandb.optim import lr_factor, make_update
+from mnist_wandb.optim import average_weights, lr_factor, make_update
+from mnist_wandb.stepgraph import Step, make_step
 from mnist_wandb.train import (
     CHECKPOINT_SECONDS,
     Event,
@@ -40,8 +41,8 @@ log = logging.getLogger(__name__)
 
 CPU_PARAMETERS = 300_000
 """Linear models and MLPs up to this size train faster together on a CPU (benchmarks/seeds.py)."""
-GPU_PARAMETERS = 1_000_000
-"""Up to this size a step on a GPU is taken to be mostly launches of kernels; not measured."""
+GPU_PARAMETERS = 1_200_000
+"""Nets up to this size train faster together on a GPU (benchmarks/seeds.py); larger: unknown."""
 CLIP_EPS = 1e-6
 """Added to the norm as in `torch.nn.utils.clip_grad_norm_`."""
 
@@ -59,7 +60,8 @@ def why_apart(config: RunConfig, plan: Plan) -> str | None:
         # steps of the rounding errors.
         "batch normalisation": normalises(config.model),
         "data.augment draws random numbers": not is_off(config.data.augment),
-        f"precision {plan.precision}; training.precision=fp32 allows it": plan.precision != "fp32",
+        # Its rounding is of other tensors than in a separate run.
+        "precision bf16; training.precision=tf32 allows it": plan.precision == "bf16",
         "training.compile": plan.compile,
         "tracking.watch": config.tracking.watch,
         "tracking.log_model=every_epoch": config.tracking.log_model == "every_epoch",
@@ -109,7 +111,7 @@ def train_together(
         Loop(make_state(model, config, plan), splits, config, plan, partial(emit, position), bool)
         for position, (model, config) in enumerate(zip(models, configs, strict=True))
     ]
-    with deterministic_mode(configs[0].training.deterministic):
+    with numeric_mode(deterministic=configs[0].training.deterministic, precision=plan.precision):
         _Ensemble(loops, should_stop).run()
 
 
@@ -172,19 +174,20 @@ class _Ensemble:
     def stacks(self) -> list[_Stack]:
         """The weights, and their means where EMA is on."""
         averaged = self.state.averaged
-        return [self.stack] + ([] if averaged is None else [cast(_Stack, averaged.module)])
+        return [self.stack] + ([] if averaged is None else [cast(_Stack, averaged)])
 
     def run(self) -> None:
         """Train to the end of the schedule, to the last seed's early stop or to an interruption."""
+        step = make_step(self.compute_step, self.plan)
         while self.loops and self.state.step < self.total_steps:
-            if not self.train_epoch():
+            if not self.train_epoch(step):
                 return
             if self.loops:
                 self.hand_over(weights=True)
                 self.for_each(lambda row, loop: loop.save(best=loop.validate(), end_of_epoch=True))
                 self.last_checkpoint = time.perf_counter()
 
-    def train_epoch(self) -> bool:
+    def train_epoch(self, step: Step) -> bool:
         """Do the epoch's steps; False when asked to stop within it."""
         state, config = self.state, self.config
         epoch = state.step // self.steps_per_epoch
@@ -203,9 +206,11 @@ class _Ensemble:
             state.step += 1
             ends_epoch = state.step % self.steps_per_epoch == 0 or state.step == self.total_steps
             logs = ends_epoch or state.step % config.tracking.log_every_steps == 0
-            norms = self.train_step(self.orders[:, start : start + size], lr, with_norms=logs)
+            index = self.orders[:, start : start + size]
+            losses, hits, *norms = step(index, lr, logs)
+            state.pending.append((losses, hits, index.shape[1]))
             if logs:
-                since = self.log_training(lr, norms, since)
+                since = self.log_training(lr, norms[0], since)
             self.tell_step(epoch)
             if time.perf_counter() - self.last_checkpoint > CHECKPOINT_SECONDS and not ends_epoch:
                 since = self.save(since)
@@ -217,8 +222,10 @@ class _Ensemble:
         seed, device = loop.config.seed, self.plan.device
         return torch.cat(batch_indices(count, size, seed=seed, epoch=epoch, device=device))
 
-    def train_step(self, index: Tensor, lr: float, *, with_norms: bool) -> Tensor | None:
-        """One optimizer step of each seed.
+    def compute_step(
+        self, index: Tensor, lr: float | Tensor, with_norms: bool
+    ) -> tuple[Tensor, ...]:
+        """One optimizer step of each seed; nothing in it waits for the device.
 
         Args:
             index: int64 (S, N), each seed's batch.
@@ -226,7 +233,7 @@ class _Ensemble:
             with_norms: whether the norms of the gradients are asked for.
 
         Returns:
-            float32 (S,) norms before clipping, where asked for or clipped; else None.
+            (S,) losses and hits, and norms before clipping where asked for.
         """
         state, training = self.state, self.config.training
         # ── Forward and backward; a seed's gradient does not depend on the other seeds' losses.
@@ -236,19 +243,17 @@ class _Ensemble:
             logits, labels, training.loss, training.label_smoothing
         )
         losses.sum().backward()  # type: ignore[no-untyped-call]
+        results = [losses.detach(), (logits.detach().argmax(dim=2) == labels).sum(dim=1)]
         # ── Update; every optimizer works element by element.
-        norms = None
         if training.grad_clip_norm is not None or with_norms:
             norms = self.gradient_norms()
-        if training.grad_clip_norm is not None and norms is not None:
-            self.scale_gradients((training.grad_clip_norm / (norms + CLIP_EPS)).clamp(max=1))
+            results += [norms] if with_norms else []
+            if training.grad_clip_norm is not None:
+                self.scale_gradients((training.grad_clip_norm / (norms + CLIP_EPS)).clamp(max=1))
         self.update(lr)
-        if state.averaged is not None:
-            state.averaged.update_parameters(state.model)
-        # ── Metrics stay on the device until the next log.
-        hits = (logits.detach().argmax(dim=2) == labels).sum(dim=1)
-        state.pending.append((losses.detach(), hits, index.shape[1]))
-        return norms
+        if state.averaged is not None and training.ema_decay is not None:
+            average_weights(state.averaged, state.model, training.ema_decay, first=state.step == 1)
+        return tuple(results)
 
     def gradient_norms(self) -> Tensor:
         """float32 (S,): norm of each seed's gradient over all parameters."""
@@ -290,13 +295,12 @@ class _Ensemble:
         for stack in self.stacks:
             stack.keep_rows(rows)
 
-    def log_training(self, lr: float, norms: Tensor | None, since: float) -> float:
+    def log_training(self, lr: float, norms: Tensor, since: float) -> float:
         """Have each seed log its means since the last log; returns the new start time."""
         share = self.hand_over(weights=False, since=since)
 
         def log_one(row: int, loop: Loop) -> None:
-            norm = None if norms is None else norms[row]
-            loop.log_training(lr, norm, time.perf_counter() - share)
+            loop.log_training(lr, norms[row], time.perf_counter() - share)
 
         self.for_each(log_one)
         return time.perf_counter()
@@ -349,16 +353,13 @@ class _Ensemble:
 
     def write_row(self, row: int, state: TrainingState) -> None:
         """Copy one seed's weights, averaged weights and optimizer state into its own state."""
-        own = [state.model] if state.averaged is None else [state.model, state.averaged.module]
+        own = [state.model] if state.averaged is None else [state.model, state.averaged]
         for stack, model in zip(self.stacks, own, strict=True):
             stack.write_row(row, model)
-        if state.averaged is not None and self.state.averaged is not None:
-            state.averaged.n_averaged.copy_(self.state.averaged.n_averaged)
         mine = self.state.optimizer
         for group, stacked_group in zip(
             state.optimizer.param_groups, mine.param_groups, strict=True
         ):
-            group["lr"] = stacked_group["lr"]
             for own, stacked in zip(group["params"], stacked_group["params"], strict=True):
                 state.optimizer.state[own] = {
                     name: _own_value(value, row, stacked, own)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from mnist_wandb.checkpoint import Checkpoint, load_checkpoint
 from mnist_wandb.config import IMAGE_SIZE, RunConfig
 from mnist_wandb.data import Preprocessing, Split, load_dataset
-from mnist_wandb.device import choose_plan, deterministic_mode
+from mnist_wandb.device import choose_plan, numeric_mode
 from mnist_wandb.errors import CheckpointError, ConfigError
 from mnist_wandb.metrics import EvalResult
 from mnist_wandb.pictures import read_picture
@@ -64,7 +64,7 @@ def predict_logits(
         images: uint8 (N, 1, H, W).
         preprocessing: the one of training.
         batch_size: images per forward pass.
-        precision: "fp32" or "bf16" (autocast).
+        precision: with "bf16" through autocast; for "tf32" see `device.numeric_mode`.
         channels_last: lay the batch out channels-last.
 
     Returns:
@@ -107,7 +107,7 @@ def evaluate(
         preprocessing: the one of training.
         loss: see `compute_loss`; without label smoothing.
         batch_size: images per forward pass.
-        precision: "fp32" or "bf16" (autocast).
+        precision: see `predict_logits`.
         channels_last: lay the batch out channels-last.
         tta_pixels: test-time augmentation: the probabilities are the mean over each image and its
             four shifts by so many pixels; 0 is none.
@@ -215,7 +215,7 @@ def evaluate_checkpoint(
     same_data = config.data == checkpoint.config.data
     if same_data and splits.fingerprint != checkpoint.data_fingerprint:
         log.warning("%s: the data are not those of its training any more", path)
-    with deterministic_mode(config.training.deterministic):
+    with numeric_mode(deterministic=config.training.deterministic, precision=plan.precision):
         result = evaluate(
             checkpoint.build_model().to(plan.device),
             splits.val if split == "val" else splits.test,

@@ -23,7 +23,7 @@ import torch
 from mnist_wandb.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from mnist_wandb.config import RunConfig
 from mnist_wandb.data import Preprocessing, Splits, load_dataset
-from mnist_wandb.device import Plan, choose_plan, deterministic_mode
+from mnist_wandb.device import Plan, choose_plan, numeric_mode
 from mnist_wandb.errors import DivergedError, MnistWandbError, RunError, TrackingError
 from mnist_wandb.evaluate import evaluate
 from mnist_wandb.metrics import EvalResult
@@ -173,7 +173,7 @@ def _follow(
 def _evaluate_test(
     model: Any, splits: Splits, config: RunConfig, plan: Plan, ranks: Ranks
 ) -> EvalResult:
-    with deterministic_mode(config.training.deterministic):
+    with numeric_mode(deterministic=config.training.deterministic, precision=plan.precision):
         return evaluate(
             model,
             splits.test,

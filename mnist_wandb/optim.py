@@ -5,9 +5,11 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable
+from itertools import chain
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from mnist_wandb.config import (
     AdagradConfig,
@@ -23,19 +25,38 @@ from mnist_wandb.config import (
     StepConfig,
 )
 
+IMPLEMENTATION = ("fused", "foreach", "capturable", "lr")
+"""Of an optimizer's settings, those that belong to the machine and not to what is learned."""
 
-def step_kind(config: OptimizerConfig) -> str:
+
+def step_kind(config: OptimizerConfig, device_type: str = "cpu") -> str:
     """How the update is computed: `fused`, one kernel for all weights, or `foreach`, several."""
-    fused = isinstance(config, SgdConfig | AdagradConfig | AdamConfig | AdamwConfig)
-    return "fused" if fused else "foreach"
+    if isinstance(config, AdagradConfig):
+        return "fused" if device_type == "cpu" else "foreach"
+    return "fused" if isinstance(config, SgdConfig | AdamConfig | AdamwConfig) else "foreach"
 
 
-def make_optimizer(config: OptimizerConfig, model: nn.Module) -> torch.optim.Optimizer:
-    """Build the torch optimizer; fused where torch has that, on a CPU too."""
+def can_be_recorded(config: OptimizerConfig) -> bool:
+    """Whether a CUDA graph can hold the update: Adagrad counts its steps on the CPU."""
+    return not isinstance(config, AdagradConfig)
+
+
+def make_optimizer(
+    config: OptimizerConfig, model: nn.Module, *, capturable: bool = False
+) -> torch.optim.Optimizer:
+    """Build the torch optimizer; fused where torch has that, on a CPU too.
+
+    Args:
+        config: the `optimizer` section.
+        model: on the device where it is trained.
+        capturable: keep all of the optimizer's state on the GPU, for a CUDA graph.
+    """
     _skip_compiler()
     parameters = list(model.parameters())
     lr, decay = config.lr, config.weight_decay
-    kind = {step_kind(config): True}
+    kind = {step_kind(config, parameters[0].device.type): True}
+    if capturable and not isinstance(config, SgdConfig):  # which counts nothing
+        kind["capturable"] = True
     match config:
         case SgdConfig(momentum=momentum, nesterov=nesterov):
             return torch.optim.SGD(
@@ -67,23 +88,59 @@ def _skip_compiler() -> None:
         setattr(plain, "__dynamo_disable", plain)
 
 
-def make_update(optimizer: torch.optim.Optimizer) -> Callable[[float], None]:
+def load_optimizer(optimizer: torch.optim.Optimizer, stored: dict[str, Any]) -> None:
+    """Load an optimizer's state, maybe from another device; how it computes stays its own."""
+    groups = [
+        {**theirs, **{name: own[name] for name in IMPLEMENTATION if name in own}}
+        for theirs, own in zip(stored["param_groups"], optimizer.param_groups, strict=True)
+    ]
+    optimizer.load_state_dict({**stored, "param_groups": groups})
+
+
+def make_update(optimizer: torch.optim.Optimizer) -> Callable[[float | Tensor], None]:
     """The function that does one update with a learning rate and drops the gradients.
 
     It is the optimizer's own `step`, without the wrappers, which import `torch._dynamo`.
     """
     step = inspect.unwrap(type(optimizer).step)
+    base = [group["lr"] for group in optimizer.param_groups]
 
     @torch.no_grad()
-    def update(lr: float) -> None:
+    def update(lr: float | Tensor) -> None:
         for group in optimizer.param_groups:
             group["lr"] = lr
         step(optimizer)
+        for group, value in zip(optimizer.param_groups, base, strict=True):
+            group["lr"] = value  # a checkpoint keeps numbers, no tensor of this device
         for group in optimizer.param_groups:
             for parameter in group["params"]:
                 parameter.grad = None
 
     return update
+
+
+def average_weights(mean: nn.Module, model: nn.Module, decay: float, *, first: bool) -> None:
+    """Move an exponential mean of a model's weights and statistics on by one step.
+
+    mean = decay · mean + (1 - decay) · model, and the model itself after the first step. Counters
+    are copied. The same as torch's AveragedModel with get_ema_multi_avg_fn, which asks the device
+    for its own count of steps.
+    """
+    pairs = [
+        (its.detach(), new.detach())
+        for its, new in zip(
+            chain(mean.parameters(), mean.buffers()),
+            chain(model.parameters(), model.buffers()),
+            strict=True,
+        )
+    ]
+    moving = [pair for pair in pairs if not first and pair[0].is_floating_point()]
+    for its, new in pairs:
+        if first or not its.is_floating_point():
+            its.copy_(new)
+    if moving:
+        means, values = map(list, zip(*moving, strict=True))
+        torch._foreach_lerp_(means, values, 1 - decay)
 
 
 def lr_factor(config: ScheduleConfig, step: int, total_steps: int, steps_per_epoch: int) -> float:

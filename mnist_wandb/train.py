@@ -14,18 +14,24 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from mnist_wandb.augment import augment, is_off
 from mnist_wandb.checkpoint import Checkpoint, describe_data
 from mnist_wandb.config import IMAGE_SIZE, MlpConfig, ModelConfig, ResnetConfig, RunConfig
 from mnist_wandb.data import Preprocessing, Splits, batch_indices
-from mnist_wandb.device import Plan, choose_plan, deterministic_mode
+from mnist_wandb.device import Plan, choose_plan, numeric_mode
 from mnist_wandb.errors import CheckpointError, ConfigError, DivergedError
 from mnist_wandb.evaluate import compute_loss, evaluate
 from mnist_wandb.metrics import EvalResult
-from mnist_wandb.optim import lr_factor, make_optimizer, make_update
+from mnist_wandb.optim import (
+    average_weights,
+    load_optimizer,
+    lr_factor,
+    make_optimizer,
+    make_update,
+)
 from mnist_wandb.ranks import ONE, Ranks
+from mnist_wandb.stepgraph import Step, make_step
 
 CHECKPOINT_SECONDS = 60.0
 """Longest time between two checkpoints, so that a kill in a long epoch costs a minute."""
@@ -119,7 +125,7 @@ class TrainingState:
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
-    averaged: AveragedModel | None
+    averaged: nn.Module | None
     step: int = 0
     pending: list[tuple[Tensor, Tensor, int]] = field(default_factory=list)
     num_reduced: int = 0
@@ -148,7 +154,7 @@ class TrainingState:
     @property
     def scored_model(self) -> nn.Module:
         """The model to validate and keep: the averaged one where EMA is on."""
-        return self.averaged.module if self.averaged is not None else self.model
+        return self.averaged if self.averaged is not None else self.model
 
     def state_dict(self, device: torch.device) -> dict[str, Any]:
         """Tensors and plain values only, for `torch.load(weights_only=True)`."""
@@ -177,7 +183,7 @@ class TrainingState:
             self.model.load_state_dict(stored["model"])
             if self.averaged is not None:
                 self.averaged.load_state_dict(stored["averaged"])
-            self.optimizer.load_state_dict(stored["optimizer"])
+            load_optimizer(self.optimizer, stored["optimizer"])
             for name in self.NUMBERS:
                 setattr(self, name, stored[name])
             self.best_weights = {k: v.to(device) for k, v in stored["best_weights"].items()}
@@ -267,7 +273,7 @@ def train(
                 f" has {config.optimizer.name!r}"
             )
         state.load_state_dict(resume.training, plan.device)
-    with deterministic_mode(config.training.deterministic):
+    with numeric_mode(deterministic=config.training.deterministic, precision=plan.precision):
         return Loop(state, splits, config, plan, emit, should_stop, ranks).run()
 
 
@@ -281,9 +287,9 @@ def make_state(
     model = ranks.prepare(model)
     averaged = None
     if config.training.ema_decay is not None:
-        average = get_ema_multi_avg_fn(config.training.ema_decay)  # type: ignore[no-untyped-call]
-        averaged = AveragedModel(model, multi_avg_fn=average, use_buffers=True)
-    return TrainingState(model, make_optimizer(config.optimizer, model), averaged)
+        averaged = copy.deepcopy(model)
+    optimizer = make_optimizer(config.optimizer, model, capturable=plan.cuda_graph)
+    return TrainingState(model, optimizer, averaged)
 
 
 def check_batches(config: RunConfig, num_images: int, num_processes: int = 1) -> None:
@@ -369,10 +375,11 @@ class Loop:
     def run(self) -> TrainResult:
         """Train to the end of the schedule, an early stop or an interruption."""
         state = self.state
+        step = make_step(self.compute_step, self.plan)
         status = "finished"
         while state.step < self.total_steps and not self.has_stalled():
             # ── One epoch, or what is left of it after a resume.
-            if not self.train_epoch():
+            if not self.train_epoch(step):
                 status = "interrupted"
                 break
             # ── Validate, keep the best weights, save.
@@ -400,13 +407,12 @@ class Loop:
         stopping = self.config.training.early_stopping
         return stopping is not None and self.state.epochs_without_gain >= stopping.patience
 
-    def train_epoch(self) -> bool:
+    def train_epoch(self, step: Step) -> bool:
         """Do the epoch's remaining steps; False when asked to stop within it."""
         state, config = self.state, self.config
-        images, labels = self.splits.train.images, self.splits.train.labels
         epoch, done = divmod(state.step, self.steps_per_epoch)
         batches = batch_indices(
-            len(labels),
+            len(self.splits.train),
             config.training.batch_size,
             seed=config.seed,
             epoch=epoch,
@@ -427,9 +433,11 @@ class Loop:
             logs = ends_epoch or state.step % config.tracking.log_every_steps == 0
             index = self.ranks.take(index)
             self.ranks.seed_step(config.seed, state.step)
-            grad_norm = self.train_step(images[index], labels[index], lr, with_norm=logs)
+            # ── The step; its metrics stay on the device until the next log.
+            loss, hits, *norms = step(index, lr, logs)
+            state.pending.append(self.ranks.weigh(loss, hits, len(index)))
             if logs:
-                since = self.log_training(lr, grad_norm, since)
+                since = self.log_training(lr, norms[0], since)
             step_in_epoch = state.step - epoch * self.steps_per_epoch
             self.emit(
                 StepDone(state.step, self.total_steps, epoch, step_in_epoch, self.steps_per_epoch)
@@ -441,12 +449,22 @@ class Loop:
                 since = time.perf_counter()
         return True
 
-    def train_step(
-        self, images: Tensor, labels: Tensor, lr: float, *, with_norm: bool
-    ) -> Tensor | None:
-        """One optimizer step on a batch; returns the gradient's norm where asked for."""
-        state, training = self.state, self.config.training
+    def compute_step(
+        self, index: Tensor, lr: float | Tensor, with_norms: bool
+    ) -> tuple[Tensor, ...]:
+        """One optimizer step on a batch; nothing in it waits for the device.
+
+        Args:
+            index: int64 (N,), the batch's training images.
+            lr: learning rate.
+            with_norms: whether the norm of the gradient is asked for.
+
+        Returns:
+            Loss and hits, and the norm before clipping where asked for: scalars on the device.
+        """
+        state, training, split = self.state, self.config.training, self.splits.train
         # ── Input: augmentation and scaling on the device.
+        images, labels = split.images[index], split.labels[index]
         if self.augment is not None:
             images = augment(images, self.augment)
         inputs = self.preprocessing(images)
@@ -460,21 +478,19 @@ class Loop:
         loss = compute_loss(logits, labels, training.loss, training.label_smoothing)
         self.ranks.scale(loss).backward()  # type: ignore[no-untyped-call]
         # ── Update.
-        grad_norm = None
+        results = [loss.detach(), (logits.detach().argmax(dim=1) == labels).sum()]
         if training.grad_clip_norm is not None:
-            grad_norm = nn.utils.clip_grad_norm_(state.model.parameters(), training.grad_clip_norm)
-        elif with_norm:
+            norm = nn.utils.clip_grad_norm_(state.model.parameters(), training.grad_clip_norm)
+            results += [norm] if with_norms else []
+        elif with_norms:
             gradients = [p.grad for p in state.model.parameters() if p.grad is not None]
-            grad_norm = nn.utils.get_total_norm(gradients)
+            results.append(nn.utils.get_total_norm(gradients))
         self.update(lr)
-        if state.averaged is not None:
-            state.averaged.update_parameters(state.model)
-        # ── Metrics stay on the device until the next log.
-        hits = (logits.detach().argmax(dim=1) == labels).sum()
-        state.pending.append(self.ranks.weigh(loss.detach(), hits, len(labels)))
-        return grad_norm
+        if state.averaged is not None and training.ema_decay is not None:
+            average_weights(state.averaged, state.model, training.ema_decay, first=state.step == 1)
+        return tuple(results)
 
-    def log_training(self, lr: float, grad_norm: Tensor | None, since: float) -> float:
+    def log_training(self, lr: float, grad_norm: Tensor, since: float) -> float:
         """Read the pending metrics and emit their means over images; returns when that was.
 
         What the recording of these values takes counts as training time of the next ones.
@@ -503,11 +519,10 @@ class Loop:
             "train/accuracy": hits / sum(sizes),
             "train/lr": lr,
             "train/images_per_second": sum(sizes) / since_log,
+            "train/grad_norm": float(grad_norm),
         }
-        if grad_norm is not None:
-            values["train/grad_norm"] = float(grad_norm)
-            if not math.isfinite(values["train/grad_norm"]):
-                raise self.diverged(state.step, "gradient norm", values["train/grad_norm"])
+        if not math.isfinite(values["train/grad_norm"]):
+            raise self.diverged(state.step, "gradient norm", values["train/grad_norm"])
         self.emit_values(values)
         return now
 

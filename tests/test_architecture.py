@@ -27,7 +27,7 @@ ROWS = [
     ("seedgroup",),
     ("augment", "pictures", "idx", "models", "optim", "ranks", "tracking", "drawing"),
     ("device", "folders", "jobs"),
-    ("sources",),
+    ("sources", "stepgraph"),
     ("data",),
     ("checkpoint", "remote", "gallery"),
     ("evaluate", "onnx_export", "report"),

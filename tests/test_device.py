@@ -15,9 +15,9 @@ from mnist_wandb.device import (
     Plan,
     available_devices,
     choose_plan,
-    deterministic_mode,
     device_name,
     limit_threads,
+    numeric_mode,
     resolve_device,
 )
 from mnist_wandb.errors import ConfigError
@@ -100,6 +100,70 @@ def test_each_process_takes_its_own_gpu(name: str, monkeypatch: pytest.MonkeyPat
     )
 
 
+@pytest.fixture
+def one_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU as far as choices go; nothing can be computed on it."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Tesla T4")
+
+
+@pytest.mark.usefixtures("one_gpu")
+@pytest.mark.parametrize(
+    ("model", "chosen"),
+    [
+        *[("linear", "tf32"), ("mlp_large", "tf32"), ("cnn_small", "tf32")],
+        *[("cnn_valid", "bf16"), ("cnn_batchnorm", "bf16"), ("resnet", "bf16")],
+    ],
+)
+def test_a_gpu_computes_wide_convolutions_in_bf16_and_the_rest_in_tf32(
+    model: str, chosen: str
+) -> None:
+    assert choose_plan(config("device=cuda", f"model.name={model}")).precision == chosen
+    for precision in ("fp32", "tf32", "bf16"):
+        overrides = ("device=cuda", f"model.name={model}", f"training.precision={precision}")
+        assert choose_plan(config(*overrides)).precision == precision
+
+
+@pytest.mark.usefixtures("one_gpu")
+@pytest.mark.parametrize("precision", ["tf32", "bf16"])
+def test_an_old_gpu_computes_in_fp32_only(precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: False)
+    assert choose_plan(config("device=cuda")).precision == "fp32"
+    with pytest.raises(ConfigError) as caught:
+        choose_plan(config("device=cuda", f"training.precision={precision}"))
+    assert str(caught.value) == (
+        f"training.precision: Tesla T4 has no {precision}; use fp32 or auto"
+    )
+
+
+def test_a_cpu_has_no_tf32() -> None:
+    with pytest.raises(ConfigError) as caught:
+        choose_plan(config("device=cpu", "training.precision=tf32"))
+    assert str(caught.value) == "training.precision: cpu has no tf32; use fp32 or auto"
+
+
+@pytest.mark.usefixtures("one_gpu")
+@pytest.mark.parametrize(
+    ("overrides", "launch", "recorded"),
+    [
+        (("device=cuda",), None, True),
+        (("device=cuda", 'optimizer={"name": "nadam"}'), None, True),
+        (("device=cuda", 'optimizer={"name": "adagrad"}'), None, False),
+        (("device=cuda", "training.compile=true"), None, False),
+        (("device=cuda",), Launch(rank=0, size=2, local_rank=0, local_size=1), False),
+        (("device=cpu",), None, False),
+    ],
+)
+def test_steps_are_recorded_on_a_gpu_where_a_graph_can_hold_them(
+    overrides: tuple[str, ...], launch: Launch | None, recorded: bool
+) -> None:
+    plan = choose_plan(config(*overrides), launch)
+    assert plan.cuda_graph is recorded
+    assert plan.describe()["cuda_graph"] is recorded
+
+
 # ── the plan ─────────────────────────────────────────────────────────────────────────────────
 
 
@@ -133,6 +197,7 @@ def test_plan_describes_itself_in_plain_values() -> None:
         "as configured",
         "bf16",
         compile=True,
+        cuda_graph=False,
         channels_last=False,
         optimizer_step="foreach",
         allocator="default",
@@ -143,6 +208,7 @@ def test_plan_describes_itself_in_plain_values() -> None:
         "device_name": "cpu",
         "precision": "bf16",
         "compile": True,
+        "cuda_graph": False,
         "memory_format": "contiguous",
         "num_threads": torch.get_num_threads(),
         "optimizer_step": "foreach",
@@ -218,38 +284,52 @@ def current_switches() -> tuple[bool, bool]:
 @pytest.mark.usefixtures("switches")
 @pytest.mark.parametrize("before", [(False, False), (True, False), (False, True)])
 @pytest.mark.parametrize("enabled", [True, False])
-def test_deterministic_mode_puts_the_global_switches_back(
+def test_numeric_mode_puts_the_global_switches_back(
     enabled: bool, before: tuple[bool, bool]
 ) -> None:
     memory: Any = torch.utils.deterministic
     torch.use_deterministic_algorithms(before[0])
     torch.backends.cudnn.benchmark = before[1]
-    with deterministic_mode(enabled):
+    with numeric_mode(deterministic=enabled, precision="fp32"):
         assert current_switches() == (enabled, not enabled)
         assert not memory.fill_uninitialized_memory
     assert current_switches() == before
     assert memory.fill_uninitialized_memory
-    with pytest.raises(KeyError), deterministic_mode(enabled):
+    with pytest.raises(KeyError), numeric_mode(deterministic=enabled, precision="fp32"):
         raise KeyError
     assert current_switches() == before
 
 
+@pytest.mark.parametrize(
+    ("precision", "chosen"), [("fp32", "ieee"), ("tf32", "tf32"), ("bf16", "ieee")]
+)
+def test_float32_on_a_gpu_is_tf32_only_where_that_is_chosen(precision: str, chosen: str) -> None:
+    backends: Any = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)  # type: ignore[attr-defined]
+    before = [backend.fp32_precision for backend in backends]
+    with numeric_mode(deterministic=True, precision=precision):
+        assert [backend.fp32_precision for backend in backends] == [chosen, chosen]
+    assert [backend.fp32_precision for backend in backends] == before
+
+
 @pytest.mark.usefixtures("switches")
-def test_deterministic_mode_refuses_where_the_user_only_wants_a_warning() -> None:
+def test_numeric_mode_refuses_where_the_user_only_wants_a_warning() -> None:
     torch.use_deterministic_algorithms(True, warn_only=True)
-    with deterministic_mode(True):
+    with numeric_mode(deterministic=True, precision="fp32"):
         assert not torch.is_deterministic_algorithms_warn_only_enabled()
     assert torch.is_deterministic_algorithms_warn_only_enabled()
 
 
 @pytest.mark.usefixtures("switches")
-def test_deterministic_mode_refuses_an_operation_without_a_deterministic_form() -> None:
+def test_numeric_mode_refuses_an_operation_without_a_deterministic_form() -> None:
     def put() -> None:
         torch.zeros(3).put_(torch.tensor([0, 0]), torch.tensor([1.0, 2.0]))
 
-    with deterministic_mode(True), pytest.raises(RuntimeError, match="deterministic"):
+    with (
+        numeric_mode(deterministic=True, precision="fp32"),
+        pytest.raises(RuntimeError, match="deterministic"),
+    ):
         put()
-    with deterministic_mode(False):
+    with numeric_mode(deterministic=False, precision="fp32"):
         put()
 
 

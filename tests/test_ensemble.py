@@ -287,7 +287,8 @@ def test_auto_takes_small_nets_on_a_gpu_and_none_on_mps() -> None:
     config = override_config(BASE, ("model.name=cnn_small",))
     for device, parameters, expected in (
         ("cuda:0", 28_938, True),
-        ("cuda:0", 1_199_882, False),
+        ("cuda:0", 1_199_882, True),
+        ("cuda:0", 2_777_674, False),
         ("mps", 28_938, False),
     ):
         plan = replace(choose_plan(config), device=torch.device(device))

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import json
 import math
 import shutil
@@ -33,7 +34,7 @@ from mnist_wandb.data import Splits, batch_indices, load_dataset
 from mnist_wandb.errors import CheckpointError, ConfigError, DivergedError
 from mnist_wandb.loading import override_config, validate
 from mnist_wandb.models import build_model
-from mnist_wandb.optim import lr_factor, make_optimizer
+from mnist_wandb.optim import load_optimizer, lr_factor, make_optimizer
 from mnist_wandb.train import (
     CheckpointReady,
     Event,
@@ -204,6 +205,34 @@ def test_make_optimizer_steps_like_plain_torch(
         expected.step()
         for ours, theirs in zip(model.parameters(), reference.parameters(), strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize(("fields", "plain"), OPTIMIZERS)
+def test_a_loaded_optimizer_computes_in_its_own_way(
+    fields: dict[str, Any], plain: Callable[[Any], torch.optim.Optimizer]
+) -> None:
+    config = TypeAdapter(OptimizerConfig).validate_python(fields)
+    model = nn.Linear(7, 5)
+    optimizer = make_optimizer(config, model)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    stored = copy.deepcopy(optimizer.state_dict())
+    for group in stored["param_groups"]:  # as of a run on a GPU
+        changes = {"fused": False, "foreach": True, "capturable": True, "lr": torch.tensor(7.0)}
+        group.update({name: value for name, value in changes.items() if name in group})
+    other = nn.Linear(7, 5)
+    other.load_state_dict(model.state_dict())
+    loaded = make_optimizer(config, other)
+    load_optimizer(loaded, stored)
+    assert loaded.state_dict()["param_groups"] == optimizer.state_dict()["param_groups"]
+    for parameters in (model.parameters(), other.parameters()):
+        for parameter in parameters:
+            parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    loaded.step()
+    for ours, theirs in zip(other.parameters(), model.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
 
 
 def test_the_optimizer_cases_name_every_optimizer() -> None:
