@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mnist_wandb.errors import SweepError
-from mnist_wandb.forking import start_importing
 from mnist_wandb.options import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILED, JsonOption
 from mnist_wandb.settings import load_settings
 from mnist_wandb.signals import EXIT_INTERRUPTED, StopSignals
@@ -81,6 +80,8 @@ def run(
     settings = load_settings()
     stop = StopSignals()
     stop.install()
+    from mnist_wandb.forking import start_importing
+
     start_importing()  # while this process does its own imports
     from mnist_wandb.display import SweepDisplay, make_console, print_sweep
     from mnist_wandb.sweep import SweepOptions, best_first, run_sweep

@@ -13,11 +13,11 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, Group
-from rich.live import Live
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 if TYPE_CHECKING:  # some import NumPy, which `configs` does without
+    from rich.progress import Progress
+
     from mnist_wandb.compare import Comparison
     from mnist_wandb.metrics import EvalResult
     from mnist_wandb.runs import RunSummary
@@ -69,6 +69,29 @@ def hide_log_lines() -> None:
     logging.getLogger("mnist_wandb").setLevel(logging.CRITICAL + 1)
 
 
+def _make_bar(console: Console, before: str, after: str = "", *, is_off: bool = False) -> Progress:
+    """A progress bar with words before and after it; none where there is no terminal."""
+    from rich.progress import (  # 10 ms, which `configs` and `show` do without
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
+
+    return Progress(
+        TextColumn(before),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        *([TextColumn(after)] if after else []),
+        TimeRemainingColumn(),
+        console=console,
+        auto_refresh=False,  # no thread beside the training threads
+        transient=True,
+        disable=is_off or not console.is_terminal,
+    )
+
+
 class TrainingDisplay:
     """A live bar per epoch on a terminal, and one plain line per epoch everywhere.
 
@@ -79,17 +102,8 @@ class TrainingDisplay:
         self.console, self.epochs, self.quiet = console, epochs, quiet
         self.values: dict[str, float] = {}
         self.next_refresh = 0.0
-        self.progress = Progress(
-            TextColumn("epoch {task.fields[epoch]}"),
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[metrics]}"),
-            TimeRemainingColumn(),
-            console=console,
-            auto_refresh=False,  # no thread beside the training threads
-            transient=True,
-            disable=quiet or not console.is_terminal,
-        )
+        words = ("epoch {task.fields[epoch]}", "{task.fields[metrics]}")
+        self.progress = _make_bar(console, *words, is_off=quiet)
         self.task = self.progress.add_task("", total=1, epoch="", metrics="")
 
     def __enter__(self) -> TrainingDisplay:
@@ -156,16 +170,7 @@ class CountDisplay:
 
     def __init__(self, console: Console, what: str) -> None:
         self.next_refresh = 0.0
-        self.progress = Progress(
-            TextColumn(what),
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            console=console,
-            auto_refresh=False,
-            transient=True,
-            disable=not console.is_terminal,
-        )
+        self.progress = _make_bar(console, what)
         self.task = self.progress.add_task("", total=1)
 
     def __enter__(self) -> CountDisplay:
@@ -350,6 +355,8 @@ class SweepDisplay:
         self.console, self.quiet = console, quiet
         self.is_live = console.is_terminal and not quiet
         self.next_refresh = 0.0
+        from rich.live import Live
+
         self.live = Live(console=console, auto_refresh=False, transient=True)
 
     def __enter__(self) -> SweepDisplay:

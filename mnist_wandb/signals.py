@@ -5,7 +5,6 @@ from __future__ import annotations
 import _thread
 import atexit
 import contextlib
-import multiprocessing
 import os
 import signal
 import sys
@@ -127,6 +126,8 @@ def exit_after_hooks(code: int) -> None:
 
 def exit_after_parent() -> None:
     """End this child process soon after its parent has ended, however that went."""
+    import multiprocessing  # 20 ms of every command else
+
     parent = multiprocessing.parent_process()
     if parent is None:
         return
