@@ -34,27 +34,35 @@ BATCH_SIZES = (32, 64, 256)
 COPIES = 60
 """Of each training image, for an epoch as long as MNIST's: nothing but steps is measured."""
 MIN_STEPS, MAX_STEPS = 3, 250
+WARM_UP_STEPS = 3
+"""In the first ones buffers are allocated and CUDA graphs recorded."""
+
+
+def wait_for_device() -> None:
+    """Until a GPU has done its work."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
 class Watch:
-    """Stops training after so many steps, and takes the time from the second one on."""
+    """Takes the time of so many steps after the warm-up, then stops training."""
 
     def __init__(self, steps: int) -> None:
         self.steps, self.done, self.started, self.seconds = steps, 0, 0.0, 0.0
 
     def take(self, event: Event) -> None:
-        """Count a step; the first one warms up."""
+        """Count a step."""
         if isinstance(event, StepDone):
             self.done += 1
-            if self.done == 1:
+            if self.done == WARM_UP_STEPS:
+                wait_for_device()
                 self.started = time.perf_counter()
 
     def is_over(self) -> bool:
         """Whether all steps are done."""
-        if self.done <= self.steps:
+        if self.done < WARM_UP_STEPS + self.steps:
             return False
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
+        wait_for_device()
         self.seconds = time.perf_counter() - self.started
         return True
 

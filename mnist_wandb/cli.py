@@ -306,6 +306,7 @@ def _describe_run(
         "device": f"{plan['device']} ({plan['device_reason']}), {plan['num_threads']} threads",
         "processes": str(facts["num_processes"]),
         "precision": f"{plan['precision']}, {plan['memory_format']}, compile: {plan['compile']}",
+        "CUDA graph": str(plan["cuda_graph"]),
         "optimizer step": f"{plan['optimizer_step']}",
         "freed memory": f"{plan['allocator']}",
         "data folder": str(facts["data_dir"]),

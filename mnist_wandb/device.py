@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import torch.utils.deterministic
 
-from mnist_wandb.config import CnnConfig, ModelConfig, ResnetConfig, RunConfig
+from mnist_wandb.config import CnnConfig, ResnetConfig, RunConfig
 from mnist_wandb.errors import ConfigError
 from mnist_wandb.optim import can_be_recorded, step_kind
 from mnist_wandb.settings import Launch
@@ -25,7 +25,9 @@ M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4
 """Parameters of glibc's `mallopt` (malloc.h; see mallopt(3))."""
 HEAP_STEP_BYTES = 64 * 2**20
 BF16_CHANNELS = 64
-"""Convolutions to so many channels gain more from bf16 than its casts cost (benchmarks)."""
+"""Convolutions to so many channels gain more from bf16 than its casts cost."""
+AMPERE = (8, 0)
+"""The generation from which on NVIDIA's cards have TF32 and bf16, as a compute capability."""
 CPU_LIMIT = Path("/sys/fs/cgroup/cpu.max")
 
 
@@ -99,6 +101,7 @@ def choose_plan(config: RunConfig, launch: Launch | None = None) -> Plan:
             device.type == "cuda"
             and launch is None
             and not compiles
+            and not config.tracking.watch  # which reads the gradients in each step
             and can_be_recorded(config.optimizer)
         ),
         channels_last=isinstance(config.model, CnnConfig | ResnetConfig) and device.type != "mps",
@@ -115,10 +118,9 @@ def choose_precision(config: RunConfig, device: torch.device) -> str:
     """
     precision = config.training.precision
     on_gpu = device.type == "cuda"
-    # NVIDIA's cards have both from the generation Ampere on.
-    has_both = on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
+    has_both = on_gpu and torch.cuda.get_device_capability(device) >= AMPERE
     if precision == "auto":
-        return _fastest_precision(config.model) if has_both else "fp32"
+        return _fastest_precision(config) if has_both else "fp32"
     if (precision == "tf32" or (precision == "bf16" and on_gpu)) and not has_both:
         raise ConfigError(
             f"training.precision: {device_name(device)} has no {precision}; use fp32 or auto"
@@ -126,8 +128,11 @@ def choose_precision(config: RunConfig, device: torch.device) -> str:
     return precision
 
 
-def _fastest_precision(model: ModelConfig) -> str:
+def _fastest_precision(config: RunConfig) -> str:
     """What is fastest on an H100 (docs/speed.md): bf16 casts weights and images in each step."""
+    if config.training.compile is True:  # torch's compiler before 2.11 stops at TF32
+        return "bf16"
+    model = config.model
     widths: tuple[int, ...] = ()
     if isinstance(model, CnnConfig):
         widths = tuple(block.channels for block in model.blocks)
@@ -222,20 +227,20 @@ def device_name(device: torch.device) -> str:
 
 
 @contextmanager
-def numeric_mode(*, deterministic: bool, precision: str) -> Iterator[None]:
+def numeric_mode(plan: Plan, *, deterministic: bool) -> Iterator[None]:
     """Set how torch computes, and put its global switches back afterwards.
 
     Args:
+        plan: on CUDA, float32 is full float32 unless the plan says TF32; for convolutions that is
+            not torch's default.
         deterministic: use deterministic kernels only.
-        precision: see `Plan`; unless it is "tf32", float32 on a GPU is full float32, which for
-            convolutions is not torch's default.
     """
     before = torch.get_deterministic_debug_mode()
     cudnn: Any = torch.backends.cudnn
     benchmark = cudnn.benchmark
     memory: Any = torch.utils.deterministic
     fills = memory.fill_uninitialized_memory
-    backends: Any = (torch.backends.cuda.matmul, cudnn.conv)
+    backends: Any = (torch.backends.cuda.matmul, cudnn.conv) if plan.device.type == "cuda" else ()
     formats = [backend.fp32_precision for backend in backends]
     # The same switch as `torch.use_deterministic_algorithms`, which imports the compiler (2 s).
     torch.set_deterministic_debug_mode("error" if deterministic else "default")
@@ -243,7 +248,7 @@ def numeric_mode(*, deterministic: bool, precision: str) -> Iterator[None]:
     # Nothing here reads memory before it is written; to fill each buffer takes up to 8 % of a step.
     memory.fill_uninitialized_memory = False
     for backend in backends:
-        backend.fp32_precision = "tf32" if precision == "tf32" else "ieee"
+        backend.fp32_precision = "tf32" if plan.precision == "tf32" else "ieee"
     try:
         yield
     finally:

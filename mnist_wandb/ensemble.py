@@ -41,8 +41,8 @@ log = logging.getLogger(__name__)
 
 CPU_PARAMETERS = 300_000
 """Linear models and MLPs up to this size train faster together on a CPU (benchmarks/seeds.py)."""
-GPU_PARAMETERS = 1_200_000
-"""Nets up to this size train faster together on a GPU (benchmarks/seeds.py); larger: unknown."""
+GPU_PARAMETERS = 700_000
+"""Linear models and MLPs up to this size train faster together on a GPU; larger: not measured."""
 CLIP_EPS = 1e-6
 """Added to the norm as in `torch.nn.utils.clip_grad_norm_`."""
 
@@ -71,15 +71,15 @@ def why_apart(config: RunConfig, plan: Plan) -> str | None:
 
 def pays(config: RunConfig, plan: Plan, num_parameters: int) -> tuple[bool, str]:
     """Whether training together is faster, as far as measured, and the reason in a few words."""
-    if plan.device.type == "cuda":
-        small = num_parameters <= GPU_PARAMETERS
-        return small, f"a {'small' if small else 'large'} net on a GPU"
-    if plan.device.type != "cpu":
+    device = {"cpu": "a CPU", "cuda": "a GPU"}.get(plan.device.type)
+    if device is None:
         return False, f"not measured on {plan.device.type}"
     if not isinstance(config.model, LinearConfig | MlpConfig):
-        return False, "convolutions are slower together on a CPU"
-    small = num_parameters <= CPU_PARAMETERS
-    return small, f"{'up to' if small else 'more than'} {CPU_PARAMETERS:,} parameters on a CPU"
+        gain = "slower" if plan.device.type == "cpu" else "hardly faster"
+        return False, f"convolutions are {gain} together on {device}"
+    limit = CPU_PARAMETERS if plan.device.type == "cpu" else GPU_PARAMETERS
+    small = num_parameters <= limit
+    return small, f"{'up to' if small else 'more than'} {limit:,} parameters on {device}"
 
 
 def train_together(
@@ -91,7 +91,7 @@ def train_together(
     emit: Callable[[int, Event], None] = lambda position, event: None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> None:
-    """Train S models in one process, each as `train` would; equal to it but for float rounding.
+    """Train S models in one process, each as `train` would; equal to it but for rounding.
 
     A seed that diverges is left out from then on; its last checkpoint is finite. One that has
     stopped early is left out, too. What each has come to is in its checkpoints: `train` with
@@ -111,7 +111,7 @@ def train_together(
         Loop(make_state(model, config, plan), splits, config, plan, partial(emit, position), bool)
         for position, (model, config) in enumerate(zip(models, configs, strict=True))
     ]
-    with numeric_mode(deterministic=configs[0].training.deterministic, precision=plan.precision):
+    with numeric_mode(plan, deterministic=configs[0].training.deterministic):
         _Ensemble(loops, should_stop).run()
 
 

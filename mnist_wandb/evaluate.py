@@ -215,7 +215,7 @@ def evaluate_checkpoint(
     same_data = config.data == checkpoint.config.data
     if same_data and splits.fingerprint != checkpoint.data_fingerprint:
         log.warning("%s: the data are not those of its training any more", path)
-    with numeric_mode(deterministic=config.training.deterministic, precision=plan.precision):
+    with numeric_mode(plan, deterministic=config.training.deterministic):
         result = evaluate(
             checkpoint.build_model().to(plan.device),
             splits.val if split == "val" else splits.test,

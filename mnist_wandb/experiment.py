@@ -173,7 +173,7 @@ def _follow(
 def _evaluate_test(
     model: Any, splits: Splits, config: RunConfig, plan: Plan, ranks: Ranks
 ) -> EvalResult:
-    with numeric_mode(deterministic=config.training.deterministic, precision=plan.precision):
+    with numeric_mode(plan, deterministic=config.training.deterministic):
         return evaluate(
             model,
             splits.test,

@@ -26,7 +26,7 @@ from mnist_wandb.config import (
 )
 
 IMPLEMENTATION = ("fused", "foreach", "capturable", "lr")
-"""Of an optimizer's settings, those that belong to the machine and not to what is learned."""
+"""Settings of an optimizer that are the machine's, and the rate, which each step sets anew."""
 
 
 def step_kind(config: OptimizerConfig, device_type: str = "cpu") -> str:
@@ -123,8 +123,8 @@ def average_weights(mean: nn.Module, model: nn.Module, decay: float, *, first: b
     """Move an exponential mean of a model's weights and statistics on by one step.
 
     mean = decay · mean + (1 - decay) · model, and the model itself after the first step. Counters
-    are copied. The same as torch's AveragedModel with get_ema_multi_avg_fn, which asks the device
-    for its own count of steps.
+    are copied. But for them it is torch's AveragedModel with get_ema_multi_avg_fn, which asks the
+    device for its own count of steps.
     """
     pairs = [
         (its.detach(), new.detach())

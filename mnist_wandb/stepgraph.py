@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -30,6 +31,12 @@ class _Recording:
     results: tuple[Tensor, ...]
 
 
+@functools.cache
+def _stream_for_recording(device: torch.device) -> torch.cuda.Stream:
+    """One for all runs of a process: libraries keep memory for each stream."""
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+
 class RecordedStep:
     """A step that is computed once for each kind of batch, then recorded, then replayed.
 
@@ -46,6 +53,7 @@ class RecordedStep:
     def __init__(self, step: RecordableStep, device: torch.device) -> None:
         self.step = step
         self.lr = torch.zeros((), device=device)
+        self.stream = _stream_for_recording(device)
         self.pool = torch.cuda.graph_pool_handle()
         self.recordings: dict[tuple[torch.Size, bool], _Recording | None] = {}
 
@@ -70,8 +78,16 @@ class RecordedStep:
         collects = gc.isenabled()
         gc.disable()
         try:
-            with torch.cuda.graph(graph, pool=self.pool):
+            with (
+                # Of a device that need not be the process's first; left again whatever happens.
+                torch.cuda.stream(self.stream),
+                torch.cuda.graph(graph, pool=self.pool, stream=self.stream),
+            ):
                 results = self.step(own_index, self.lr, with_norms)
+        except RuntimeError as error:
+            if isinstance(error.__context__, torch.OutOfMemoryError):
+                raise error.__context__ from None  # not that the recording has failed, too
+            raise
         finally:
             if collects:
                 gc.enable()

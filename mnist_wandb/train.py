@@ -171,6 +171,7 @@ class TrainingState:
             "pending_sizes": [size for _, _, size in self.pending],
             "rng": torch.get_rng_state(),
             "device_rng": _device_rng(device),
+            "device_type": device.type,
         }
 
     def load_state_dict(self, stored: dict[str, Any], device: torch.device) -> None:
@@ -198,9 +199,9 @@ class TrainingState:
             ]
             self.num_reduced = len(self.pending)
             torch.set_rng_state(stored["rng"])
-            if stored["device_rng"] is not None and device.type == "cuda":
+            if stored["device_type"] == device.type == "cuda":
                 torch.cuda.set_rng_state(stored["device_rng"], device)
-            elif stored["device_rng"] is not None and device.type == "mps":
+            elif stored["device_type"] == device.type == "mps":
                 torch.mps.set_rng_state(stored["device_rng"])
         except (KeyError, RuntimeError, ValueError, TypeError, AttributeError) as error:
             raise CheckpointError(f"this state cannot be continued: {error}") from None
@@ -238,7 +239,9 @@ def train(
     give the same weights bit for bit on one machine.
 
     Args:
-        model: from float32 (N, 1, H, W) to logits (N, C); moved to the plan's device.
+        model: from float32 (N, 1, H, W) to logits (N, C); moved to the plan's device. On CUDA its
+            Python code runs twice for each kind of batch and is then replayed as a CUDA graph; one
+            that counts or reads from the device needs `replace(plan, cuda_graph=False)`.
         splits: training and validation images, on the plan's device. The test split is not used.
         config: a validated configuration.
         plan: device and precision; default: the device of the data, precision as configured.
@@ -273,7 +276,7 @@ def train(
                 f" has {config.optimizer.name!r}"
             )
         state.load_state_dict(resume.training, plan.device)
-    with numeric_mode(deterministic=config.training.deterministic, precision=plan.precision):
+    with numeric_mode(plan, deterministic=config.training.deterministic):
         return Loop(state, splits, config, plan, emit, should_stop, ranks).run()
 
 

@@ -63,7 +63,7 @@ def load(config: RunConfig, device: str = "cuda:0") -> Splits:
 
 
 @pytest.fixture
-def waiting_is_an_error() -> Iterator[None]:
+def waiting_is_allowed_again() -> Iterator[None]:
     yield
     torch.cuda.set_sync_debug_mode("default")
 
@@ -87,18 +87,17 @@ def batches_of(config: RunConfig, splits: Splits, steps: int) -> list[tuple[int,
 
 
 def numbers(config: RunConfig) -> Any:
-    precision = choose_plan(config).precision
-    return numeric_mode(deterministic=config.training.deterministic, precision=precision)
+    return numeric_mode(choose_plan(config), deterministic=config.training.deterministic)
 
 
-def test_a_step_that_waits_is_seen(waiting_is_an_error: None) -> None:
+def test_a_step_that_waits_is_seen(waiting_is_allowed_again: None) -> None:
     torch.cuda.set_sync_debug_mode("error")
     with pytest.raises(RuntimeError, match="synchroniz"):
         torch.zeros(3, device="cuda").sum().item()
 
 
 @cases
-@pytest.mark.usefixtures("waiting_is_an_error")
+@pytest.mark.usefixtures("waiting_is_allowed_again")
 def test_no_step_waits_for_the_device(overrides: tuple[str, ...]) -> None:
     config = config_of(*overrides)
     splits = load(config)
@@ -117,12 +116,13 @@ def test_no_step_waits_for_the_device(overrides: tuple[str, ...]) -> None:
     assert loop.state.is_finite()
 
 
-@cases
+RECORDED = {name: overrides for name, overrides in CASES.items() if name != "adagrad"}
+
+
+@pytest.mark.parametrize("overrides", RECORDED.values(), ids=RECORDED)
 def test_replayed_steps_are_the_steps_bit_for_bit(overrides: tuple[str, ...]) -> None:
     config = config_of(*overrides)
-    if not choose_plan(config).cuda_graph:
-        assert config.optimizer.name == "adagrad"
-        return
+    assert choose_plan(config).cuda_graph
     splits = load(config)
     found = []
     for records in (False, True):
@@ -154,13 +154,11 @@ def test_replayed_steps_are_the_steps_bit_for_bit(overrides: tuple[str, ...]) ->
         torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("name", ZOO)
+@pytest.mark.parametrize("name", [name for name in ZOO if "dropout" not in name])
 def test_a_model_learns_as_on_the_cpu(name: str) -> None:
     losses = []
     for device in ("cpu", "cuda:0"):
         config = config_of(f"model.name={name}", f"device={device}", "training.epochs=1")
-        if "dropout" in name:
-            return  # other random numbers
         splits = load(config, device)
         model = build_model(config.model, seed=0)
         rows: list[float] = []
@@ -240,7 +238,7 @@ TOGETHER = {
     **{name: ("model.name=mlp_64x3", *CASES[name]) for name in (*OPTIMIZERS, "clip", "mse")},
     **{name: CASES[name] for name in ("linear", "mlp_small", "cnn_small", "cnn_valid")},
     "tf32": CASES["tf32"],
-    "ema_": ("model.name=mlp_64x3", "training.ema_decay=0.9"),
+    "mean": ("model.name=mlp_64x3", "training.ema_decay=0.9"),
 }
 
 
@@ -269,7 +267,7 @@ def test_seeds_together_come_to_the_numbers_of_separate_runs(overrides: tuple[st
         assert together[position] == [pytest.approx(row, rel=rel, abs=1e-4) for row in rows]
 
 
-@pytest.mark.usefixtures("waiting_is_an_error")
+@pytest.mark.usefixtures("waiting_is_allowed_again")
 def test_no_step_of_seeds_together_waits_for_the_device() -> None:
     configs = [config_of("model.name=cnn_small", f"seed={seed}") for seed in (3, 4)]
     splits = load(configs[0])
@@ -299,6 +297,7 @@ def test_a_seed_that_leaves_does_not_change_the_others() -> None:
     for config in configs:
         model = build_model(config.model, seed=config.seed)
         steps[config.seed] = train(model, splits, config).steps
+    assert len(set(steps.values())) > 1
     last: dict[int, int] = {}
 
     def take(position: int, event: Event) -> None:
@@ -317,7 +316,8 @@ def test_precision_of_float32_products_is_what_is_said(precision: str) -> None:
     images, kernels = left.view(1, 64, 64, 64), right.view(-1, 64, 4, 4)[:64]
     exact = [left.double() @ right.double()]
     exact.append(torch.conv2d(images.double(), kernels.double()))
-    with numeric_mode(deterministic=True, precision=precision):
+    plan = choose_plan(config_of(f"training.precision={precision}"))
+    with numeric_mode(plan, deterministic=True):
         found = [left.cuda() @ right.cuda(), torch.conv2d(images.cuda(), kernels.cuda())]
     for ours, theirs in zip(found, exact, strict=True):
         error = (ours.cpu() - theirs).norm() / theirs.norm()

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,16 @@ def test_device_that_is_not_there_is_an_error_that_lists_those_that_are(name: st
     assert str(caught.value) == f"device: {name} is not on this machine; available: {listed}"
 
 
+CPU_PLAN = Plan(
+    torch.device("cpu"),
+    "as configured",
+    "fp32",
+    compile=False,
+    cuda_graph=False,
+    channels_last=False,
+    optimizer_step="fused",
+    allocator="default",
+)
 SECOND_OF_TWO = Launch(rank=1, size=2, local_rank=1, local_size=2)
 
 
@@ -88,7 +99,7 @@ def test_each_process_takes_its_own_gpu(name: str, monkeypatch: pytest.MonkeyPat
     # The choice alone: this needs no GPU.
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
     plan = choose_plan(config(f"device={name}"), SECOND_OF_TWO)
     assert (plan.device, plan.reason) == (torch.device("cuda:1"), "a GPU for each process")
     three = Launch(rank=1, size=3, local_rank=1, local_size=3)
@@ -105,8 +116,8 @@ def one_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """A GPU as far as choices go; nothing can be computed on it."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Tesla T4")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "A GPU")
 
 
 @pytest.mark.usefixtures("one_gpu")
@@ -121,6 +132,8 @@ def test_a_gpu_computes_wide_convolutions_in_bf16_and_the_rest_in_tf32(
     model: str, chosen: str
 ) -> None:
     assert choose_plan(config("device=cuda", f"model.name={model}")).precision == chosen
+    compiled = choose_plan(config("device=cuda", f"model.name={model}", "training.compile=true"))
+    assert compiled.precision == "bf16"
     for precision in ("fp32", "tf32", "bf16"):
         overrides = ("device=cuda", f"model.name={model}", f"training.precision={precision}")
         assert choose_plan(config(*overrides)).precision == precision
@@ -129,13 +142,11 @@ def test_a_gpu_computes_wide_convolutions_in_bf16_and_the_rest_in_tf32(
 @pytest.mark.usefixtures("one_gpu")
 @pytest.mark.parametrize("precision", ["tf32", "bf16"])
 def test_an_old_gpu_computes_in_fp32_only(precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
     assert choose_plan(config("device=cuda")).precision == "fp32"
     with pytest.raises(ConfigError) as caught:
         choose_plan(config("device=cuda", f"training.precision={precision}"))
-    assert str(caught.value) == (
-        f"training.precision: Tesla T4 has no {precision}; use fp32 or auto"
-    )
+    assert str(caught.value) == (f"training.precision: A GPU has no {precision}; use fp32 or auto")
 
 
 def test_a_cpu_has_no_tf32() -> None:
@@ -152,6 +163,7 @@ def test_a_cpu_has_no_tf32() -> None:
         (("device=cuda", 'optimizer={"name": "nadam"}'), None, True),
         (("device=cuda", 'optimizer={"name": "adagrad"}'), None, False),
         (("device=cuda", "training.compile=true"), None, False),
+        (("device=cuda", "tracking.watch=true"), None, False),
         (("device=cuda",), Launch(rank=0, size=2, local_rank=0, local_size=1), False),
         (("device=cpu",), None, False),
     ],
@@ -290,31 +302,42 @@ def test_numeric_mode_puts_the_global_switches_back(
     memory: Any = torch.utils.deterministic
     torch.use_deterministic_algorithms(before[0])
     torch.backends.cudnn.benchmark = before[1]
-    with numeric_mode(deterministic=enabled, precision="fp32"):
+    with numeric_mode(CPU_PLAN, deterministic=enabled):
         assert current_switches() == (enabled, not enabled)
         assert not memory.fill_uninitialized_memory
     assert current_switches() == before
     assert memory.fill_uninitialized_memory
-    with pytest.raises(KeyError), numeric_mode(deterministic=enabled, precision="fp32"):
+    with pytest.raises(KeyError), numeric_mode(CPU_PLAN, deterministic=enabled):
         raise KeyError
     assert current_switches() == before
 
 
 @pytest.mark.parametrize(
-    ("precision", "chosen"), [("fp32", "ieee"), ("tf32", "tf32"), ("bf16", "ieee")]
+    ("device", "precision", "chosen"),
+    [
+        ("cuda:0", "fp32", "ieee"),
+        ("cuda:0", "tf32", "tf32"),
+        ("cuda:0", "bf16", "ieee"),
+        ("cpu", "fp32", None),
+    ],
 )
-def test_float32_on_a_gpu_is_tf32_only_where_that_is_chosen(precision: str, chosen: str) -> None:
-    backends: Any = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)  # type: ignore[attr-defined]
+def test_float32_on_a_gpu_is_tf32_only_where_that_is_chosen(
+    device: str, precision: str, chosen: str | None
+) -> None:
+    cudnn: Any = torch.backends.cudnn
+    backends: Any = (torch.backends.cuda.matmul, cudnn.conv)
     before = [backend.fp32_precision for backend in backends]
-    with numeric_mode(deterministic=True, precision=precision):
-        assert [backend.fp32_precision for backend in backends] == [chosen, chosen]
+    plan = replace(CPU_PLAN, device=torch.device(device), precision=precision)
+    with numeric_mode(plan, deterministic=True):
+        found = [backend.fp32_precision for backend in backends]
+        assert found == ([chosen, chosen] if chosen else before)
     assert [backend.fp32_precision for backend in backends] == before
 
 
 @pytest.mark.usefixtures("switches")
 def test_numeric_mode_refuses_where_the_user_only_wants_a_warning() -> None:
     torch.use_deterministic_algorithms(True, warn_only=True)
-    with numeric_mode(deterministic=True, precision="fp32"):
+    with numeric_mode(CPU_PLAN, deterministic=True):
         assert not torch.is_deterministic_algorithms_warn_only_enabled()
     assert torch.is_deterministic_algorithms_warn_only_enabled()
 
@@ -325,11 +348,11 @@ def test_numeric_mode_refuses_an_operation_without_a_deterministic_form() -> Non
         torch.zeros(3).put_(torch.tensor([0, 0]), torch.tensor([1.0, 2.0]))
 
     with (
-        numeric_mode(deterministic=True, precision="fp32"),
+        numeric_mode(CPU_PLAN, deterministic=True),
         pytest.raises(RuntimeError, match="deterministic"),
     ):
         put()
-    with numeric_mode(deterministic=False, precision="fp32"):
+    with numeric_mode(CPU_PLAN, deterministic=False):
         put()
 
 

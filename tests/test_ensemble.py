@@ -283,16 +283,22 @@ def test_auto_follows_the_measurement_on_a_cpu(
     assert pays(config, choose_plan(config), parameters)[0] is expected
 
 
-def test_auto_takes_small_nets_on_a_gpu_and_none_on_mps() -> None:
-    config = override_config(BASE, ("model.name=cnn_small",))
-    for device, parameters, expected in (
-        ("cuda:0", 28_938, True),
-        ("cuda:0", 1_199_882, True),
-        ("cuda:0", 2_777_674, False),
-        ("mps", 28_938, False),
-    ):
-        plan = replace(choose_plan(config), device=torch.device(device))
-        assert pays(config, plan, parameters)[0] is expected
+@pytest.mark.parametrize(
+    ("device", "name", "parameters", "expected"),
+    [
+        ("cuda:0", "linear", 7_850, True),
+        ("cuda:0", "mlp_small", 669_706, True),
+        ("cuda:0", "mlp_large", 8_400_000, False),
+        ("cuda:0", "cnn_small", 28_938, False),
+        ("mps", "linear", 7_850, False),
+    ],
+)
+def test_auto_follows_the_measurement_on_a_gpu(
+    device: str, name: str, parameters: int, expected: bool
+) -> None:
+    config = override_config(BASE, (f"model.name={name}",))
+    plan = replace(choose_plan(config), device=torch.device(device))
+    assert pays(config, plan, parameters)[0] is expected
 
 
 @pytest.mark.parametrize("name", ZOO)
