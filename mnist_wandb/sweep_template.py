@@ -30,7 +30,6 @@ LATE_IMPORTS = (
     "requests",
     "torch.nested._internal.nested_tensor",
     "wandb.sdk.artifacts._internal_artifact",
-    "wandb.sdk.launch.inputs.internal",
 )
 """What numpy, torch and W&B would import in a worker's first trial."""
 ENDING_SIGNALS = (signal.SIGTERM, signal.SIGHUP)
@@ -76,11 +75,11 @@ with contextlib.nullcontext() if _is_worker else _ending_with_parent():
 
     gc.disable()  # what is imported stays
     import mnist_wandb.experiment  # noqa: F401
-    from mnist_wandb.tracking import find_packages
+    from mnist_wandb.tracking import installed_packages
 
     for name in LATE_IMPORTS:
         with contextlib.suppress(ImportError):  # with another version it only takes longer
             importlib.import_module(name)
-    find_packages()
+    installed_packages()
     gc.freeze()  # so that the workers go on sharing its memory
     gc.enable()

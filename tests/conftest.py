@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import numpy as np
 import pexpect
 import pytest
@@ -29,6 +30,9 @@ from mnist_wandb.settings import Settings
 
 REAL_DATA_DIR = Path(os.environ.get("MNIST_WANDB_DATA_DIR") or "data").absolute()
 """Real data sets, used where they are there; read before the tests' own environment is set."""
+
+hypothesis.settings.register_profile("patient", deadline=None)  # the machine may be busy
+hypothesis.settings.load_profile("patient")
 
 FAST = ("tracking.mode=disabled", "training.epochs=2", "data.train_size=200")
 """Overrides that make a run on the embedded digits take about a second."""

@@ -153,7 +153,7 @@ def test_two_agents_side_by_side_run_the_quick_sweep_to_its_end(
         pytest.param("${args}", marks=pytest.mark.slow),
         "${args_no_hyphens}",
         pytest.param("${args_json}", marks=pytest.mark.slow),
-        None,
+        pytest.param(None, marks=pytest.mark.slow),
     ],
 )
 def test_every_form_of_command_gives_a_run_its_parameters(

@@ -79,7 +79,7 @@ except StoppedBeforeTraining as stop:
 @pytest.mark.parametrize(
     ("number", "mode"),
     [
-        (signal.SIGTERM, "offline"),
+        pytest.param(signal.SIGTERM, "offline", marks=pytest.mark.slow),
         pytest.param(signal.SIGINT, "disabled", marks=pytest.mark.slow),
         pytest.param(signal.SIGKILL, "disabled", marks=pytest.mark.slow),
         (signal.SIGKILL, "offline"),

@@ -284,6 +284,7 @@ def test_a_signal_before_training_ends_at_once_though_the_server_is_silent(
     assert list(Path("runs").iterdir()) == []
 
 
+@pytest.mark.slow  # test_agent.py has the same with a real agent
 def test_a_requeued_sweep_run_goes_on_in_its_folder(
     online: Callable[..., Finished], server: WandbServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -452,7 +453,7 @@ def assert_sync_changes_nothing(online: Callable[..., Finished], server: WandbSe
         pytest.param({"status": 403, "only": ["file_stream"]}, marks=pytest.mark.slow),
         pytest.param({"status": 500}, marks=pytest.mark.slow),
         pytest.param({"hang": True}, marks=pytest.mark.slow),
-        {"cut_uploads": True, "only": ["upload"]},
+        pytest.param({"cut_uploads": True, "only": ["upload"]}, marks=pytest.mark.slow),
     ],
     ids=["500-for-a-while", "429-for-a-while", "403-on-the-stream", "500", "hanging", "cut"],
 )
@@ -485,7 +486,7 @@ def test_faults_of_the_server_lose_nothing(
     "record",
     [
         "offline",
-        "disabled",
+        pytest.param("disabled", marks=pytest.mark.slow),
         pytest.param("missing", marks=pytest.mark.slow),
         pytest.param("damaged", marks=pytest.mark.slow),
         "killed",

@@ -222,3 +222,39 @@ def test_gradients_are_watched_though_the_server_is_away(program: Callable[..., 
     found = records(Path(json.loads(done.out)["wandb"]["dir"]))
     history = [record["item"] for record in of_type(found, "history")]
     assert any(key.startswith("gradients/") for item in history for key in item)
+
+
+def test_packages_are_found_as_by_the_client() -> None:
+    # In a process of its own: this one's client has been changed by runs.
+    code = """
+import wandb
+plain = wandb.util.working_set
+from mnist_wandb.tracking import hasten_client
+theirs = {(package.key, package.version) for package in plain()}
+hasten_client()
+assert wandb.util.working_set is not plain
+ours = {(package.key, package.version) for package in wandb.util.working_set()}
+assert ours == theirs, ours ^ theirs
+assert len(ours) > 50
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("imported", [False, True])
+def test_inputs_of_a_job_are_looked_for_only_where_launch_is_imported(imported: bool) -> None:
+    code = f"""
+import sys
+import wandb
+if {imported}:
+    import wandb.sdk.launch.inputs.internal
+from mnist_wandb.loading import load_config
+from mnist_wandb.settings import load_settings
+from mnist_wandb.experiment import run_experiment
+plain = wandb.Run._detect_and_apply_job_inputs
+config = load_config("quickstart", ["training.epochs=0.1", "data.train_size=100"])
+run_experiment(config, load_settings())
+assert ("wandb.sdk.launch" in sys.modules) is {imported}
+assert (wandb.Run._detect_and_apply_job_inputs is plain) is {imported}
+"""
+    environment = {**os.environ, "WANDB_MODE": "offline"}
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment)
