@@ -1,6 +1,6 @@
 """Do seeds train faster together than one after the other? Training steps only, on copied digits.
 
-    uv run python benchmarks/seeds.py [--device cpu] [--precision fp32] [--seeds 5 10] [NET…]
+    uv run python benchmarks/seeds.py [NET…] [--device cpu] [--precision fp32] [--seeds 5 10]
 
 Both sides are the program's own loops (`train` and `train_together`) on the same configuration and
 in turns, so that a drift of the machine meets both alike. A case is `--seconds` of steps of one

@@ -507,7 +507,7 @@ class TrainingConfig(Section):
         "auto", description="auto: bf16 or tf32, by the net, on CUDA devices with both; else fp32."
     )
     compile: Annotated[Literal[True, False, "auto"], BeforeValidator(_three_way)] = Field(
-        "auto", description="torch.compile; auto: only where it pays."
+        "auto", description="torch.compile; auto is off: no preset gains by it."
     )
     ema_decay: float | None = Field(
         None, gt=0, lt=1, description="Score an exponential mean of the weights; null is off."

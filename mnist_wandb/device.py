@@ -130,7 +130,7 @@ def choose_precision(config: RunConfig, device: torch.device) -> str:
 
 def _fastest_precision(config: RunConfig) -> str:
     """What is fastest on an H100 (docs/speed.md): bf16 casts weights and images in each step."""
-    if config.training.compile is True:  # torch's compiler before 2.11 stops at TF32
+    if config.training.compile is True:  # which torch 2.9 and 2.10 refuse with TF32
         return "bf16"
     model = config.model
     widths: tuple[int, ...] = ()

@@ -61,7 +61,7 @@ def why_apart(config: RunConfig, plan: Plan) -> str | None:
         "batch normalisation": normalises(config.model),
         "data.augment draws random numbers": not is_off(config.data.augment),
         # Its rounding is of other tensors than in a separate run.
-        "precision bf16; training.precision=tf32 allows it": plan.precision == "bf16",
+        "precision bf16; training.precision=fp32 allows it": plan.precision == "bf16",
         "training.compile": plan.compile,
         "tracking.watch": config.tracking.watch,
         "tracking.log_model=every_epoch": config.tracking.log_model == "every_epoch",

@@ -75,11 +75,9 @@ with contextlib.nullcontext() if _is_worker else _ending_with_parent():
 
     gc.disable()  # what is imported stays
     import mnist_wandb.experiment  # noqa: F401
-    from mnist_wandb.tracking import installed_packages
 
     for name in LATE_IMPORTS:
         with contextlib.suppress(ImportError):  # with another version it only takes longer
             importlib.import_module(name)
-    installed_packages()
     gc.freeze()  # so that the workers go on sharing its memory
     gc.enable()

@@ -167,7 +167,7 @@ def test_the_data_set_is_loaded_once(cli: Cli, monkeypatch: pytest.MonkeyPatch) 
         ("model.name=mlp_dropout", "dropout draws random numbers"),
         ("data.augment.zoom=0.1", "data.augment draws random numbers"),
         ("model.name=cnn_batchnorm", "batch normalisation"),
-        ("training.precision=bf16", "precision bf16; training.precision=tf32 allows it"),
+        ("training.precision=bf16", "precision bf16; training.precision=fp32 allows it"),
         ("tracking.log_model=every_epoch", "tracking.log_model=every_epoch"),
     ],
 )
