@@ -21,6 +21,7 @@ import torch
 import wandb
 
 from mnist_wandb.experiment import processor_name
+from mnist_wandb.train import Event, StepDone
 
 PROGRAM = (sys.executable, "-m", "mnist_wandb")
 TICKS = os.sysconf("SC_CLK_TCK")
@@ -80,6 +81,39 @@ def run_json(*arguments: str, folder: Path | str, **environment: str) -> tuple[f
     """Like `run_program` with `--quiet --json`."""
     seconds, out = run_program(*arguments, "--quiet", "--json", folder=folder, **environment)
     return seconds, json.loads(out)
+
+
+def wait_for_device() -> None:
+    """Until a GPU has done its work."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+
+
+class StepWatch:
+    """Takes the time of so many training steps after a warm-up, then stops training.
+
+    `take` is the `emit` of `train`, `is_over` its `should_stop`.
+    """
+
+    def __init__(self, steps: int, *, warm_up: int) -> None:
+        self.steps, self.warm_up = steps, warm_up
+        self.done, self.started, self.seconds = 0, 0.0, 0.0
+
+    def take(self, event: Event) -> None:
+        """Count a step."""
+        if isinstance(event, StepDone):
+            self.done += 1
+            if self.done == self.warm_up:
+                wait_for_device()
+                self.started = time.perf_counter()
+
+    def is_over(self) -> bool:
+        """Whether all steps are done."""
+        if self.done < self.warm_up + self.steps:
+            return False
+        wait_for_device()
+        self.seconds = time.perf_counter() - self.started
+        return True
 
 
 def median(values: Sequence[float]) -> float:

@@ -11,18 +11,17 @@ before the epoch ends. What is fastest here is what `training.precision: auto` c
 from __future__ import annotations
 
 import argparse
-import time
 from dataclasses import replace
 
 import torch
-from machine import median, print_conditions, print_table, watching_others
+from machine import StepWatch, median, print_conditions, print_table, watching_others
 
 from mnist_wandb.data import Splits, load_dataset
 from mnist_wandb.device import choose_plan
 from mnist_wandb.loading import load_config
 from mnist_wandb.models import build_model
 from mnist_wandb.settings import load_settings
-from mnist_wandb.train import Event, StepDone, train
+from mnist_wandb.train import train
 
 NETS = ("linear", "mlp_small", "mlp_dropout", "cnn_small", "cnn_batchnorm", "cnn_large", "resnet")
 FORMATS = ("fp32", "tf32", "bf16")
@@ -30,45 +29,18 @@ WARM_UP_STEPS = 60
 STEPS = 140
 
 
-class Watch:
-    """Takes the time of so many steps after the warm-up, then stops."""
-
-    def __init__(self, steps: int) -> None:
-        self.steps, self.done, self.started, self.seconds = steps, 0, 0.0, 0.0
-
-    def take(self, event: Event) -> None:
-        """Count a step."""
-        self.done += isinstance(event, StepDone)
-        if isinstance(event, StepDone) and self.done == WARM_UP_STEPS:
-            torch.cuda.synchronize()
-            self.started = time.perf_counter()
-
-    def is_over(self) -> bool:
-        """Whether all steps are done."""
-        if self.done < WARM_UP_STEPS + self.steps:
-            return False
-        torch.cuda.synchronize()
-        self.seconds = self.seconds or time.perf_counter() - self.started
-        return True
-
-
 def time_training(net: str, precision: str, way: str, splits: Splits) -> float:
     """Images per second; `way` is eager, graph or compile."""
     config = load_config(
         None,
         [
-            # Steps that log are recorded apart, so they come before the clock starts, too.
-            *(
-                "data.dataset=mnist",
-                f"model.name={net}",
-                "device=cuda",
-                "tracking.log_every_steps=20",
-            ),
+            *("data.dataset=mnist", f"model.name={net}", "device=cuda"),
             *(f"training.precision={precision}", f"training.compile={way == 'compile'}"),
+            "tracking.log_every_steps=20",  # a kind of step of its own, recorded by the 40th
         ],
     )
     plan = replace(choose_plan(config), cuda_graph=way == "graph")
-    watch = Watch(STEPS)
+    watch = StepWatch(STEPS, warm_up=WARM_UP_STEPS)
     model = build_model(config.model)
     train(model, splits, config, plan=plan, emit=watch.take, should_stop=watch.is_over)
     return STEPS * config.training.batch_size / watch.seconds

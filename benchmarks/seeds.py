@@ -15,10 +15,10 @@ import argparse
 import os
 import platform
 import statistics
-import time
 from dataclasses import replace
 
 import torch
+from machine import StepWatch
 
 from mnist_wandb.config import RunConfig
 from mnist_wandb.data import Splits, load_dataset
@@ -27,7 +27,7 @@ from mnist_wandb.ensemble import train_together, why_apart
 from mnist_wandb.experiment import processor_name
 from mnist_wandb.loading import load_config
 from mnist_wandb.models import build_model
-from mnist_wandb.train import Event, StepDone, train
+from mnist_wandb.train import train
 
 NETS = ("linear", "mlp_128", "mlp_64x3", "mlp_pyramid", "mlp_small", "cnn_small")
 BATCH_SIZES = (32, 64, 256)
@@ -36,35 +36,6 @@ COPIES = 60
 MIN_STEPS, MAX_STEPS = 3, 250
 WARM_UP_STEPS = 3
 """In the first ones buffers are allocated and CUDA graphs recorded."""
-
-
-def wait_for_device() -> None:
-    """Until a GPU has done its work."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
-class Watch:
-    """Takes the time of so many steps after the warm-up, then stops training."""
-
-    def __init__(self, steps: int) -> None:
-        self.steps, self.done, self.started, self.seconds = steps, 0, 0.0, 0.0
-
-    def take(self, event: Event) -> None:
-        """Count a step."""
-        if isinstance(event, StepDone):
-            self.done += 1
-            if self.done == WARM_UP_STEPS:
-                wait_for_device()
-                self.started = time.perf_counter()
-
-    def is_over(self) -> bool:
-        """Whether all steps are done."""
-        if self.done < WARM_UP_STEPS + self.steps:
-            return False
-        wait_for_device()
-        self.seconds = time.perf_counter() - self.started
-        return True
 
 
 def make_configs(
@@ -105,7 +76,7 @@ def time_apart(configs: list[RunConfig], splits: Splits, steps: int) -> float:
     """Seconds of a step of all seeds, each trained by itself."""
     seconds = 0.0
     for config in configs:
-        watch = Watch(steps)
+        watch = StepWatch(steps, warm_up=WARM_UP_STEPS)
         train(build(config), splits, config, emit=watch.take, should_stop=watch.is_over)
         seconds += watch.seconds
     return seconds / steps
@@ -113,7 +84,7 @@ def time_apart(configs: list[RunConfig], splits: Splits, steps: int) -> float:
 
 def time_together(configs: list[RunConfig], splits: Splits, steps: int) -> float:
     """Seconds of a step of all seeds as one batched model."""
-    watch = Watch(steps)
+    watch = StepWatch(steps, warm_up=WARM_UP_STEPS)
     train_together(
         [build(config) for config in configs],
         splits,

@@ -33,7 +33,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from machine import median, print_conditions, print_table, run_json, watching_others
+from machine import (
+    median,
+    print_conditions,
+    print_table,
+    run_json,
+    wait_for_device,
+    watching_others,
+)
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -70,10 +77,9 @@ def use_precision(net: str, device: str) -> Any:
     return torch.autocast(device.split(":")[0], torch.bfloat16, enabled=precision == "bf16")
 
 
-def now(device: str) -> float:
+def now() -> float:
     """The clock, when the device has done its work."""
-    if device.startswith("cuda"):
-        torch.cuda.synchronize()
+    wait_for_device()
     return time.perf_counter()
 
 
@@ -102,10 +108,10 @@ def time_tutorial(net: str, steps: int, device: str) -> float:
         optimizer.step()
         done += 1
         if done == 0:
-            started = now(device)
+            started = now()
         if done == min(steps, TUTORIAL_STEPS):
             break
-    return done * BATCH_SIZE / (now(device) - started)
+    return done * BATCH_SIZE / (now() - started)
 
 
 def time_bare(net: str, steps: int, device: str) -> float:
@@ -126,7 +132,7 @@ def time_bare(net: str, steps: int, device: str) -> float:
         batches = batch_indices(len(labels), BATCH_SIZE, seed=0, epoch=epoch, device=device)
         for index in batches[: steps - done]:
             if done == 0:
-                num_images, started = 0, now(device)
+                num_images, started = 0, now()
             inputs = preprocessing(images[index]).contiguous(memory_format=memory_format)
             with autocast:
                 loss = F.cross_entropy(model(inputs), labels[index])
@@ -136,7 +142,7 @@ def time_bare(net: str, steps: int, device: str) -> float:
             done += 1
             num_images += len(index)
         epoch += 1
-    return num_images / (now(device) - started)
+    return num_images / (now() - started)
 
 
 def time_program(net: str, steps: int, device: str, folder: str) -> float:
@@ -160,9 +166,9 @@ def time_peak(device: str) -> float:
     left, right = torch.randn(2, 2048, 2048, device=device)
     fastest = float("inf")
     for _ in range(30):
-        started = now(device)
+        started = now()
         left @ right
-        fastest = min(fastest, now(device) - started)
+        fastest = min(fastest, now() - started)
     return float(2 * 2048**3 / fastest)
 
 

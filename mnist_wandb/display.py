@@ -352,11 +352,11 @@ class SweepDisplay:
     """
 
     def __init__(self, console: Console, *, quiet: bool = False) -> None:
+        from rich.live import Live
+
         self.console, self.quiet = console, quiet
         self.is_live = console.is_terminal and not quiet
         self.next_refresh = 0.0
-        from rich.live import Live
-
         self.live = Live(console=console, auto_refresh=False, transient=True)
 
     def __enter__(self) -> SweepDisplay:
